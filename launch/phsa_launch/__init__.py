@@ -1,0 +1,1 @@
+"""The launcher: composes a recipe once and starts it. Torch-free."""
