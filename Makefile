@@ -1,0 +1,49 @@
+# Two commands: `make pretrain` and `make test`. Each sets up its own environment first.
+# Another interpreter: `make PYTHON=python3.12 VENV=.venv312 test`.
+
+.DEFAULT_GOAL := help
+VENV ?= .venv
+# The first interpreter that really starts: a shim without a version behind it is passed over.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RECIPE ?= phsa_demo_cpu
+
+.PHONY: help setup pretrain test lint slow golden verify clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create the environment only
+
+$(READY): pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found. Install one, or: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about two minutes the first time"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+		-c constraints/$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+	@touch $@
+
+pretrain: $(READY) ## train the PHSA demo model on real text, then open runs/phsa_demo_cpu/report.html
+	$(BIN)/phsa-train prepare-demo
+	$(BIN)/phsa-train recipe=$(RECIPE)
+
+test: $(READY) ## the fast test suite
+	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu"
+
+slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
+	$(BIN)/python -m pytest -m "slow and not gpu and not multigpu"
+
+lint: $(READY) ## format, style, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+verify: $(READY) ## prove that resume is exact, to the last bit
+	$(BIN)/phsa-train prepare-demo
+	$(BIN)/phsa-train verify-resume recipe=$(RECIPE)
+
+clean: ## remove the environment and caches; runs/ and prepared/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
