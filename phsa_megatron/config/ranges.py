@@ -72,6 +72,7 @@ RANGES: dict[str, Range] = {
     "data.sources.*.weight": _FROM_ZERO,
     "parallel.tensor_size": _FROM_ONE,
     "parallel.pipeline_size": _FROM_ONE,
+    "parallel.context_size": _FROM_ONE,
     "parallel.virtual_pipeline_size": Range(2),
     "optim.global_batch_sequences": _FROM_ONE,
     "optim.micro_batch_sequences": _FROM_ONE,
@@ -99,6 +100,5 @@ RANGES: dict[str, Range] = {
 EXPLAINED_ELSEWHERE = {
     "attention.train_topk",
     "attention.infer_topk",
-    "parallel.context_size",
 }
 """Numbers whose rule in `validate.py` says more than a range could."""

@@ -107,12 +107,12 @@ def _windows(config: TrainConfig) -> Iterator[str]:
         return
     m = attention.block_tokens
     for name, tokens in (("init_tokens", attention.init_tokens), ("local_tokens", attention.local_tokens)):
-        if tokens % m:
+        if tokens % m and not (name == "local_tokens" and tokens < m):
             yield _broken(
                 f"attention.{name}",
                 tokens,
                 f"windows are whole blocks of attention.block_tokens={m}",
-                f"use {tokens // m * m or m} or {(tokens // m + 1) * m}",
+                f"use {tokens // m * m} or {(tokens // m + 1) * m}",
             )
     if attention.local_tokens < m:
         yield _broken(
