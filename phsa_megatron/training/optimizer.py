@@ -31,7 +31,7 @@ class Parts:
     """What a step changes, and what it needs to know."""
 
     model: list[DistributedDataParallel]
-    """The model chunks of this process (one, or one per virtual pipeline stage), wrapped for data parallelism."""
+    """The model chunks of this process (one, or one per virtual pipeline stage), in their DDP wrappers."""
     optimizer: ChainedOptimizer
     """AdamW over all chunks; with the distributed optimizer each data-parallel process holds a shard."""
     scheduler: OptimizerParamScheduler
@@ -55,7 +55,7 @@ class Parts:
         return bare
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yields the parameters of this process in model order; with several chunks, names start with the chunk."""
+        """Yields this process's parameters in model order; with several chunks, names start with the chunk."""
         for i, module in enumerate(self.modules):
             prefix = f"chunk{i}." if len(self.model) > 1 else ""
             for name, parameter in module.named_parameters():
@@ -93,11 +93,9 @@ def build_parts(config: TrainConfig, groups: Groups) -> Parts:
     for chunk in chunks:
         if not chunk.config.calculate_per_token_loss:
             raise TrainingError(
-                "the model was built with calculate_per_token_loss=False; the loss of a step is the mean over its "
-                "tokens, so the model factory must set it"
+                "the model was built with calculate_per_token_loss=False; the loss of a step is the mean over "
+                "its tokens, so the model factory must set it"
             )
-    if config.run.dtype is Dtype.bf16:
-        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
@@ -185,7 +183,7 @@ def set_hyperparameters(parts: Parts, consumed_sequences: int) -> float:
 
 
 def _connect_schedules(config: TrainConfig, model: list[DistributedDataParallel]) -> None:
-    """Tells megatron's forward-backward schedules how gradients are reduced (they read it from the model config)."""
+    """Tells megatron's schedules how gradients are reduced; they read it from the model's config."""
     model_config = model[0].config
     model_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
