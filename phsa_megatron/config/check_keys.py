@@ -1,4 +1,4 @@
-"""Checks names and types of settings against the schema, with messages meant for the person who wrote them."""
+"""Checks names and types of settings against the schema, with messages for the person who wrote them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Composes a run's settings once, from the schema, the recipe groups, a recipe and the command line.
 
-Hydra reads the YAML files and decides their order. Everything a person may get wrong (a misspelt key, a wrong type,
-a file that does not exist, a value nobody gave) is checked here, so that the answer names the file, the line and the
-nearest right name, and so that every value's origin is known.
+Hydra reads the YAML files and decides their order. Everything a person may get wrong (a misspelt key, a
+wrong type, a file that does not exist, a value nobody gave) is checked here, so that the answer names the
+file, the line and the nearest right name, and so that every value's origin is known.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _own_recipes_dir(folder: Path, builtin: Path) -> Path:
 
 @contextmanager
 def _messages_for_people(available: dict[str, list[str]]) -> Iterator[None]:
-    """Turn what Hydra raises about a recipe file into a ConfigError without Hydra's advice to add unknown keys."""
+    """Turn what Hydra raises about a recipe file into a ConfigError without its advice to add keys."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
