@@ -172,6 +172,51 @@ def verify(folder: Path) -> Marker:
     return marker
 
 
+def make_empty(folder: Path) -> None:
+    """Make a folder, or empty one that an interrupted save left."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def seal(
+    partial: Path,
+    final: Path,
+    step: int,
+    made_with: dict[str, str] | None = None,
+    about: dict[str, Any] | None = None,
+) -> Marker:
+    """Turn a filled staging folder into a committed checkpoint folder beside it.
+
+    Args:
+        partial: the staging folder; everything in it becomes part of the checkpoint.
+        final: its final path, in the same parent. A folder that is there already is moved aside.
+        step: optimizer steps done.
+        made_with: versions, for the marker.
+        about: what else to record.
+
+    Raises:
+        OSError: the disk refused; `final` does not hold the new checkpoint then.
+    """
+    files: dict[str, FileRecord] = {}
+    for parent, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            fsync_path(path)
+            files[path.relative_to(partial).as_posix()] = _record(path)
+        fsync_path(Path(parent))
+    marker = Marker(step, files, made_with or {}, about or {})
+    write_atomically(partial / MARKER_NAME, json.dumps(asdict(marker), indent=1, sort_keys=True) + "\n")
+    if final.exists():  # a damaged one, that the resume skipped: kept aside for a person to look at
+        aside = final.with_name(f"{final.name}.damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        final.rename(aside)
+    partial.rename(final)
+    fsync_path(final.parent)
+    return marker
+
+
 class CheckpointStore:
     """The checkpoints of one run: stages, commits, finds and prunes them.
 
@@ -202,11 +247,8 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """Make an empty staging folder for a step and return it."""
-        self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         partial = self.partial_path(step)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
+        make_empty(partial)
         return partial
 
     def abandon(self, step: int) -> None:
@@ -221,23 +263,7 @@ class CheckpointStore:
         Raises:
             OSError: the disk refused (full, quota, gone); the step is still only staged.
         """
-        partial, final = self.partial_path(step), self.path(step)
-        files: dict[str, FileRecord] = {}
-        for parent, _, names in os.walk(partial, topdown=False):
-            for name in names:
-                path = Path(parent, name)
-                fsync_path(path)
-                files[path.relative_to(partial).as_posix()] = _record(path)
-            fsync_path(Path(parent))
-        marker = Marker(step, files, made_with or {}, about or {})
-        write_atomically(partial / MARKER_NAME, json.dumps(asdict(marker), indent=1, sort_keys=True) + "\n")
-        if final.exists():  # a damaged one, that the resume skipped: kept aside for a person to look at
-            aside = final.with_name(f"{final.name}.damaged")
-            if aside.exists():
-                shutil.rmtree(aside)
-            final.rename(aside)
-        partial.rename(final)
-        fsync_path(self.checkpoints_dir)
+        marker = seal(self.partial_path(step), self.path(step), step, made_with, about)
         self._point_to(step)
         return marker
 
