@@ -1,0 +1,209 @@
+"""The one table of everything a run logs: name, unit, reduction and meaning.
+
+A name that is not in the table is refused when it is logged, so no number without a meaning reaches a file.
+`docs/metrics.md` is this table as Markdown:
+
+    python -m phsa_megatron.monitoring.metrics > docs/metrics.md
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+
+DOMAIN = "<domain>"
+LAYER = "<n>"
+STEP_AXIS = "progress/step"
+"""The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
+
+_PLACEHOLDER_PATTERNS = {DOMAIN: r"[^/\s]+", LAYER: r"\d+"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Attributes:
+        name: What is logged; `<domain>` and `<n>` stand for a validation domain and a number.
+        unit: The unit of the value.
+        reduction: How one value comes out of many tokens, steps or processes.
+        meaning: One sentence for a person.
+    """
+
+    name: str
+    unit: str
+    reduction: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        """Tell whether `name` is this row or one of the names its pattern stands for."""
+        return self._pattern().fullmatch(name) is not None
+
+    def capture(self, name: str) -> str | None:
+        """Return what stands at the row's placeholder in `name`, None if there is no match or no placeholder."""
+        match = self._pattern().fullmatch(name)
+        return match[1] if match and match.re.groups else None
+
+    def _pattern(self) -> re.Pattern[str]:
+        pattern = re.escape(self.name)
+        for placeholder, expression in _PLACEHOLDER_PATTERNS.items():
+            pattern = pattern.replace(re.escape(placeholder), f"({expression})")
+        return re.compile(pattern)
+
+
+_TOKEN_MEAN = "mean over the loss tokens of all processes"
+_LAST = "value at the logged step"
+_WINDOW = "over the last updates of this process"
+_EVAL_MEAN = "mean over the evaluated queries, heads and processes"
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(STEP_AXIS, "steps", _LAST, "Optimizer steps done: the horizontal axis of every other metric."),
+        Metric(
+            "progress/consumed_tokens",
+            "tokens",
+            "sum since step 0 over all processes",
+            "Tokens trained on since the start of the run, restarts included.",
+        ),
+        Metric("progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."),
+        Metric("train/loss_nats", "nats/token", _TOKEN_MEAN, "Next-token cross-entropy of the step's batch."),
+        Metric(
+            "train/mtp_<n>/loss_nats",
+            "nats/token",
+            _TOKEN_MEAN,
+            "Cross-entropy of multi-token-prediction depth n, counted from 1; not part of train/loss_nats.",
+        ),
+        Metric("optim/lr", "1", _LAST, "Learning rate used by the step."),
+        Metric(
+            "optim/grad_norm",
+            "1",
+            "global L2 norm, before clipping",
+            "Norm of the gradient of all weights; compare with optim.clip_grad_norm.",
+        ),
+        Metric(
+            "optim/num_zeros",
+            "elements",
+            "sum over all weights",
+            "Gradient elements that are exactly zero: a cheap checksum over all gradients.",
+        ),
+        Metric("perf/step_time_s", "s", "mean over the steps since the last record", "Wall time of a step."),
+        Metric("perf/data_wait_s", "s", "sum since the last record", "Time the step waited for its batch."),
+        Metric("perf/tokens_per_s", "tokens/s", _WINDOW, "Training speed of all processes together."),
+        Metric(
+            "perf/mfu_selected_frac",
+            "fraction",
+            _WINDOW,
+            "FLOPs the run's own attention needs, over what the devices could do at cluster.peak_tflops. "
+            "Left out without a peak; never above 1.",
+        ),
+        Metric(
+            "perf/dense_equiv_tflops",
+            "TFLOP/s per device",
+            _WINDOW,
+            "FLOPs that full causal attention would have needed for the same tokens: speed, not utilization.",
+        ),
+        Metric("memory/peak_gib", "GiB", "max over processes", "Peak memory of a process since it started."),
+        Metric(
+            "data/overflow_tokens",
+            "tokens",
+            "sum over all processes since the last record",
+            "Tokens without loss because their sequence holds more documents than the boundary tensor.",
+        ),
+        Metric("val/loss_nats", "nats/token", "mean over all validation tokens", "Validation cross-entropy."),
+        Metric(
+            "val/<domain>/loss_nats",
+            "nats/token",
+            "mean over the domain's validation tokens",
+            "Validation cross-entropy of one domain.",
+        ),
+        Metric(
+            "val/<domain>/bits_per_byte",
+            "bits/byte",
+            "sum of bits over sum of UTF-8 bytes",
+            "Validation cross-entropy per byte of text: comparable between tokenizers.",
+        ),
+        Metric("val/eval_s", "s", "wall time of one evaluation", "Time the evaluation took."),
+        Metric(
+            "attention/layer_<n>/selected_mass_frac",
+            "fraction",
+            _EVAL_MEAN,
+            "Share of the attention probability that lies on the selected (top-k) blocks, outside the init and "
+            "local windows, in layer n counted from 1.",
+        ),
+        Metric(
+            "attention/layer_<n>/attended_key_frac",
+            "fraction",
+            _EVAL_MEAN,
+            "Keys attended to, over the keys that full causal attention would have seen, in layer n.",
+        ),
+        Metric(
+            "attention/frac_queries_with_more_candidates_than_k",
+            "fraction",
+            _EVAL_MEAN,
+            "Queries that had to choose: more candidate blocks than top-k. Near 0, PHSA is only dense.",
+        ),
+        Metric(
+            "checkpoint/save_s",
+            "s",
+            "wall time on rank 0",
+            "Time training stood still for a save.",
+        ),
+        Metric(
+            "checkpoint/commit_s",
+            "s",
+            "wall time on rank 0",
+            "Time from the request of a save until it was committed.",
+        ),
+    )
+}
+"""Every metric by name, in the order of the documentation."""
+
+
+def lookup(name: str) -> Metric:
+    """Return the table's row for a logged name.
+
+    Args:
+        name: A full name such as `train/loss_nats` or `val/prose/bits_per_byte`.
+
+    Returns:
+        The row, which may be a pattern.
+
+    Raises:
+        ValueError: The table has no such name; the message gives the nearest one.
+    """
+    if name in METRICS and not any(mark in name for mark in _PLACEHOLDER_PATTERNS):
+        return METRICS[name]
+    for metric in METRICS.values():
+        if metric.matches(name) and not any(mark in name for mark in _PLACEHOLDER_PATTERNS):
+            return metric
+    nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
+    raise ValueError(
+        f"metric {name!r} is not in the metrics table; nearest: {nearest[0]!r}. "
+        "Log a name of METRICS in phsa_megatron/monitoring/metrics.py or add a row there."
+    )
+
+
+def render_markdown() -> str:
+    """Render the table as the Markdown page `docs/metrics.md`."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `phsa_megatron/monitoring/metrics.py`; do not edit by hand:",
+        "",
+        "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
+        "",
+        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full precision to "
+        "`metrics.jsonl` in the run folder, and from there to W&B, `report.html` and the console.",
+        "",
+        "| name | unit | reduction | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{m.name}` | {m.unit} | {m.reduction} | {m.meaning} |" for m in METRICS.values()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_markdown())
