@@ -1,0 +1,209 @@
+"""Sharded tensors to and from a folder, through megatron's dist_checkpointing 0.16.1 to 0.19.2.
+
+The one place that knows which of its arguments exist in which version. Folders, markers and what belongs
+into a checkpoint are decided in the training room.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+from collections.abc import Callable
+from importlib.metadata import version
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
+
+from phsa_megatron.config.errors import CheckpointError
+from phsa_megatron.parallel.checkpoint_worker import outlive_stop_signals
+from phsa_megatron.parallel.groups import Groups
+
+# Optimizer state by parameter, independent of how many processes hold it: the only layout that a run with
+# other tensor-, pipeline-, context- and data-parallel sizes can read.
+_OPTIMIZER_SHARDING = "fully_reshardable"
+
+# What dist_checkpointing raises for a checkpoint that does not fit. CheckpointException is a BaseException.
+_LOAD_ERRORS = (CheckpointingException, CheckpointException, KeyError, RuntimeError, ValueError, OSError, EOFError)
+
+_result_manager: SyncManager | None = None
+
+
+def written_by() -> dict[str, str]:
+    """Versions that a checkpoint records."""
+    return {"megatron_core": version("megatron-core"), "torch": str(torch.__version__)}
+
+
+def check_readable(made_with: dict[str, str], source: Path) -> None:
+    """Refuse a checkpoint of a newer megatron-core: its format goes forward only.
+
+    Raises:
+        CheckpointError: it names both versions and the fix.
+    """
+    theirs, ours = made_with.get("megatron_core", "0"), version("megatron-core")
+    if _major_minor(theirs) > _major_minor(ours):
+        raise CheckpointError(
+            f"{source} was written with megatron-core {theirs}, but {ours} is installed here: older versions "
+            f"cannot read newer checkpoints. Install megatron-core {theirs} or newer (up to 0.20)."
+        )
+
+
+def _major_minor(text: str) -> tuple[int, int]:
+    major, minor = (text.split(".") + ["0"])[:2]
+    return int(major), int(minor)
+
+
+def model_state(chunks: list[torch.nn.Module], groups: Groups) -> ShardedStateDict:
+    """Sharded weights of this process's model chunks, without wrappers around them."""
+    metadata = _metadata(groups)
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def optimizer_state(optimizer: Any, weights: ShardedStateDict, groups: Groups, *, loading: bool) -> Any:
+    """Sharded optimizer state that belongs to these weights.
+
+    Args:
+        optimizer: megatron's optimizer.
+        weights: what `model_state` returned.
+        groups: process groups.
+        loading: whether the tensors are to be filled; then missing optimizer state is made first.
+    """
+    metadata = {
+        **_metadata(groups),
+        "distrib_optim_sharding_type": _OPTIMIZER_SHARDING,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    # An fp32 model's distributed optimizer copies into views of the parameters themselves.
+    with torch.no_grad():
+        return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+
+
+def _metadata(groups: Groups) -> dict[str, Any]:
+    return {"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
+
+
+def local_num_bytes(state: ShardedStateDict) -> int:
+    """Bytes of tensors that this process will write: each shard is written by one process."""
+    total = 0
+    for item in nested_values(state):
+        data = getattr(item, "data", None)
+        if isinstance(data, torch.Tensor) and is_main_replica(item.replica_id):
+            total += data.nbytes
+    return total
+
+
+class ShardWriter:
+    """Writes sharded state into folders, in the foreground or in a forked process.
+
+    All processes call the same methods in the same order. A failure that all processes learn of is returned
+    as a text; anything else is raised, and ends the process that met it.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._queue = AsyncCallsQueue()
+
+    def write(self, state: ShardedStateDict, folder: Path) -> str | None:
+        """Write now; returns None, or what went wrong on which process."""
+        request = self._prepare(state, folder)
+        arguments = list(request.async_fn_args)
+        mine = ""
+        try:
+            if request.preload_fn is not None:
+                arguments[1] = request.preload_fn()
+            if request.async_fn is not None:
+                request.async_fn(*arguments, **request.async_fn_kwargs)
+        except Exception as error:
+            # megatron would leave the other processes in its next barrier for ever.
+            mine = repr(error)
+        if self._groups.any_true(bool(mine)):
+            return mine or "another process could not write its shards (see its log)"
+
+        def finalize() -> None:
+            for step in request.finalize_fns:
+                step()
+
+        return self._failure_of(finalize)
+
+    def start(self, state: ShardedStateDict, folder: Path) -> None:
+        """Copy what is to be written, start a process that writes it, and return."""
+        self._queue.schedule_async_request(self._prepare(state, folder))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write was started and not finished by `finish`."""
+        return self._queue.get_num_unfinalized_calls() > 0
+
+    def finish(self, *, wait: bool) -> tuple[bool, str | None]:
+        """Finish a write in the background if all processes are done.
+
+        Args:
+            wait: stay until they are.
+
+        Returns:
+            Whether it is finished, and if it failed, why.
+        """
+        finished: list[int] = []
+        failure = self._failure_of(
+            lambda: finished.extend(self._queue.maybe_finalize_async_calls(blocking=wait))
+        )
+        return bool(finished) or failure is not None, failure
+
+    def _prepare(self, state: ShardedStateDict, folder: Path) -> Any:
+        _prepare_results()
+        newer = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            # The default there needs nvidia-resiliency-ext.
+            newer["async_strategy"] = "mcore"
+        # The asynchronous form in both cases: with it, a failing write can be agreed on.
+        return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **newer)
+
+    def _failure_of(self, call: Callable[[], None]) -> str | None:
+        """None, or the failure that megatron raised on all processes together."""
+        try:
+            call()
+        except CheckpointException as error:
+            texts = [f"process {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            return "; ".join(texts) or "another process could not write its shards (see its log)"
+        except OSError as error:
+            # Only this process knows, while the others wait in a collective: it can only be left.
+            if self._groups.world_size > 1:
+                raise
+            return repr(error)
+        return None
+
+
+def _prepare_results() -> None:
+    """Give megatron's writers a fresh queue for their results, in a process that outlives stop signals."""
+    global _result_manager
+    if _result_manager is None:
+        _result_manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        _result_manager.start(initializer=outlive_stop_signals)
+    # A fresh one each time: a result that a failed save left behind would pass for the next save's.
+    filesystem_async._results_queue = _result_manager.Queue()
+
+
+def read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+    """Fill sharded state from a folder and return it in the form that `load_state_dict` takes.
+
+    Raises:
+        CheckpointError: the folder does not hold this state.
+    """
+    try:
+        with torch.no_grad():
+            return dist_checkpointing.load(state, str(folder))
+    except _LOAD_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(f"{folder} cannot be read into this model: {type(error).__name__}: {reason}") from error

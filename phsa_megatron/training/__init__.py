@@ -1,0 +1,1 @@
+"""The training room: loop, optimizer, state, checkpoints, signals, stages."""

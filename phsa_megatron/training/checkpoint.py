@@ -1,0 +1,466 @@
+"""Saves and loads the whole of a training run: weights, optimizer, schedule, counters, random generators.
+
+A checkpoint folder RUN/checkpoints/step_00000120/ holds megatron's sharded files, `train_state.json`,
+`config.yaml` (the resolved configuration it was made under), `rng/rank_00000.pt` for each process, and
+`COMMITTED.json`. How it becomes durable is `commit.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from phsa_megatron.config import compose, resume_rules
+from phsa_megatron.config.errors import CheckpointError
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.data.order import describe_mismatch
+from phsa_megatron.parallel import mcore_checkpointing as shards
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training import state as training_state
+from phsa_megatron.training.commit import CheckpointStore, Marker, make_empty, read_marker, seal, verify
+from phsa_megatron.training.state import TrainState
+
+if TYPE_CHECKING:
+    from phsa_megatron.training.optimizer import Parts
+
+STATE_NAME = "train_state.json"
+CONFIG_NAME = "config.yaml"
+# One failed save is survivable, two in a row mean that a person has to look.
+MAX_FAILURES_IN_A_ROW = 2
+# Beside the shards: markers, metadata, and what other programs write meanwhile.
+SPARE_BYTES = 16 << 20
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Notify(Protocol):
+    """Receives what happens to checkpoints, on process 0."""
+
+    def __call__(self, kind: str, text: str, **fields: Any) -> None:
+        """Take one event.
+
+        Args:
+            kind: a stable name (checkpoint_requested, checkpoint_committed, checkpoint_failed,
+                checkpoint_skipped, checkpoint_cleaned, checkpoint_pruned, resume).
+            text: a line for people.
+            fields: numbers and names for records.
+        """
+
+
+def _log(kind: str, text: str, **fields: Any) -> None:
+    _logger.log(logging.WARNING if kind.endswith(("failed", "skipped")) else logging.INFO, text)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What process 0 found to resume from, for all processes."""
+
+    step: int | None
+    notes: tuple[tuple[str, str], ...]  # (kind, text)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that was requested and is not committed."""
+
+    step: int
+    partial: Path
+    num_bytes: int
+    about: dict[str, Any]
+    started_s: float
+
+
+class Checkpointer:
+    """The checkpoints of one run. All processes call the same methods at the same step.
+
+    A failed save never harms training: what is in memory is untouched, the previous committed checkpoint
+    stays, the space is given back, and `checkpoint_failed` says why. The run goes on, because stopping would
+    lose for certain what the next save may still keep. After `MAX_FAILURES_IN_A_ROW`, or when the caller says
+    that the save must succeed, it raises CheckpointError instead.
+
+    Args:
+        folder: names in the run folder.
+        config: resolved configuration.
+        groups: process groups.
+        notify: receives events on process 0; the default writes to the log.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, groups: Groups, notify: Notify | None = None
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
+        self._writer = shards.ShardWriter(groups)
+        self._notify = notify or _log
+        self._pending: _Pending | None = None
+        self._num_failures = 0
+
+    def save(self, parts: Parts, state: TrainState, *, must_succeed: bool = False) -> bool:
+        """Save now, or with `checkpoint.async_save` begin to.
+
+        Args:
+            parts: model, optimizer and schedule.
+            state: counters at this step.
+            must_succeed: stay until it is committed and raise if it cannot be; for the last save of a
+                process.
+
+        Returns:
+            Whether the step is committed or on its way.
+
+        Raises:
+            CheckpointError: it failed and has to be taken seriously (see the class).
+        """
+        self.wait(must_succeed=must_succeed)
+        if self._on_rank_0(lambda: self._store.is_committed(state.step)):
+            return True
+        self._tell("checkpoint_requested", f"checkpoint of step {state.step} requested", step=state.step)
+        with parts.gathered_parameters():
+            weights = self._sharded(parts, loading=False)
+            pending, failure = self._stage(weights, state)
+            if failure is not None:
+                return self._complete(pending, failure, must_succeed)
+            if self._config.checkpoint.async_save:
+                self._writer.start(weights, pending.partial)
+                self._pending = pending
+            else:
+                return self._complete(pending, self._writer.write(weights, pending.partial), must_succeed)
+        if must_succeed:
+            self.wait(must_succeed=True)
+        return True
+
+    def poll(self) -> None:
+        """Commit a save in the background whose writers are done; costs one small all-reduce while one runs.
+
+        Raises:
+            CheckpointError: too many saves failed in a row.
+        """
+        self._finish(wait=False, must_succeed=False)
+
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Stay until no save is under way.
+
+        Raises:
+            CheckpointError: too many saves failed in a row, or this one had to succeed.
+        """
+        self._finish(wait=True, must_succeed=must_succeed)
+
+    def latest_committed(self) -> int | None:
+        """The newest step that passes verification, or None; the same answer on all processes."""
+        return self._on_rank_0(lambda: self._store.scan().newest)
+
+    def load_latest(
+        self, parts: Parts, data_fingerprint: Mapping[str, str] | None = None
+    ) -> TrainState | None:
+        """Continue from the newest committed checkpoint.
+
+        Also removes what interrupted saves left behind, so only a run that trains may call it.
+
+        Args:
+            parts: filled in place.
+            data_fingerprint: identity of the data order this run will read, by split.
+
+        Returns:
+            The counters, or None where nothing was ever committed.
+
+        Raises:
+            CheckpointError: nothing can be trusted, the data order is another one, or it cannot be read.
+            ConfigError: a setting changed that may not change on resume.
+        """
+        found = self._on_rank_0(self._find)
+        for kind, text in found.notes:
+            self._tell(kind, text)
+        if found.step is None:
+            return None
+        folder = self._store.path(found.step)
+        saved = self.read_state(folder)
+        if data_fingerprint is not None:
+            check_data_order(saved, data_fingerprint)
+        state = self.load_from(folder, parts)
+        self._tell("resume", f"resumed from {folder} at step {state.step}", step=state.step)
+        return state
+
+    def save_to(self, folder: Path, parts: Parts, state: TrainState) -> None:
+        """Write a checkpoint of its own, outside of the run's sequence: nothing is pointed at it or pruned.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with parts.gathered_parameters():
+            weights = self._sharded(parts, loading=False)
+            partial = folder.with_name(f"{folder.name}.partial")
+            failure = self._fill(partial, state) or self._writer.write(weights, partial)
+        if failure is None:
+            failure = self._attempt(
+                lambda: seal(partial, folder, state.step, shards.written_by(), self._about())
+            )
+        if failure is not None:
+            raise CheckpointError(f"{folder} could not be written: {failure}")
+
+    def load_from(self, folder: Path, parts: Parts, *, weights_only: bool = False) -> TrainState:
+        """Fill model, and unless `weights_only` optimizer, schedule and random generators, from a folder.
+
+        Args:
+            folder: a committed checkpoint.
+            parts: filled in place.
+            weights_only: only the model's weights; the optimizer's fp32 copies follow them.
+
+        Returns:
+            The counters that the checkpoint holds.
+
+        Raises:
+            CheckpointError: the folder is damaged, of a newer version, or of another model.
+        """
+        marker = self._on_rank_0(lambda: self._readable(folder))
+        if not weights_only:
+            self._check_optimizer_layout(marker, folder)
+        weights = self._sharded(parts, loading=True, weights_only=weights_only)
+        loaded = shards.read(weights, folder)
+        with torch.no_grad():
+            names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
+            for name, module in zip(names, parts.modules, strict=True):
+                module.load_state_dict(loaded[name], strict=True)
+            if weights_only:
+                parts.optimizer.reload_model_params()
+            else:
+                parts.optimizer.load_state_dict(loaded["optimizer"])
+                parts.scheduler.load_state_dict(loaded["scheduler"])
+        if not weights_only:
+            self._restore_rng(marker, folder)
+        return self.read_state(folder)
+
+    @staticmethod
+    def read_state(folder: Path) -> TrainState:
+        """The counters in a checkpoint folder."""
+        try:
+            values = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / STATE_NAME} cannot be read: {error}") from error
+        return TrainState.from_dict(values)
+
+    # Saving.
+
+    def _sharded(self, parts: Parts, *, loading: bool, weights_only: bool = False) -> dict[str, Any]:
+        content: dict[str, Any] = dict(shards.model_state(parts.modules, self._groups))
+        if not weights_only:
+            content["optimizer"] = shards.optimizer_state(
+                parts.optimizer, dict(content), self._groups, loading=loading
+            )
+            content["scheduler"] = parts.scheduler.state_dict()
+        return content
+
+    def _stage(self, weights: dict[str, Any], state: TrainState) -> tuple[_Pending, str | None]:
+        """Check the space, make the staging folder and write everything but the shards into it."""
+        num_bytes = self._total_bytes(weights)
+        partial = self._store.partial_path(state.step)
+        pending = _Pending(state.step, partial, num_bytes, self._about(), time.monotonic())
+        failure = self._attempt(lambda: self._check_space(num_bytes)) or self._fill(partial, state)
+        return pending, failure
+
+    def _fill(self, partial: Path, state: TrainState) -> str | None:
+        def begin() -> None:
+            make_empty(partial)
+            (partial / "rng").mkdir()
+            (partial / STATE_NAME).write_text(json.dumps(state.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (partial / CONFIG_NAME).write_text(compose.dump(self._config), encoding="utf-8")
+
+        failure = self._attempt(begin)
+        if failure is not None:
+            return failure
+        mine = ""
+        try:
+            torch.save(training_state.capture_rng(), partial / self._rng_name())
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            mine = repr(error)
+        return (mine or "another process could not write") if self._groups.any_true(bool(mine)) else None
+
+    def _about(self) -> dict[str, Any]:
+        layout = self._config.parallel
+        return {
+            "world_size": self._groups.world_size,
+            "tensor_size": layout.tensor_size,
+            "pipeline_size": layout.pipeline_size,
+            "virtual_pipeline_size": layout.virtual_pipeline_size,
+            "context_size": layout.context_size,
+            "distributed_optimizer": layout.distributed_optimizer,
+            "config_sha256": hashlib.sha256(compose.dump(self._config).encode()).hexdigest(),
+        }
+
+    def _total_bytes(self, weights: dict[str, Any]) -> int:
+        mine = torch.tensor(shards.local_num_bytes(weights), dtype=torch.int64, device=self._groups.device)
+        return int(self._groups.sum_over_world(mine).item())
+
+    def _check_space(self, num_bytes: int) -> None:
+        self._store.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        free = _free_bytes(self._store.checkpoints_dir)
+        if free < num_bytes + SPARE_BYTES:
+            raise OSError(f"no space: it needs {num_bytes + SPARE_BYTES} bytes, {free} are free")
+
+    def _finish(self, *, wait: bool, must_succeed: bool) -> None:
+        if self._pending is None:
+            return
+        done, failure = self._writer.finish(wait=wait)
+        if done:
+            pending, self._pending = self._pending, None
+            self._complete(pending, failure, must_succeed)
+
+    def _complete(self, pending: _Pending, failure: str | None, must_succeed: bool) -> bool:
+        """Commit what was written, or account for the failure; returns whether it is committed."""
+        if failure is None:
+            failure = self._attempt(
+                lambda: self._store.commit(pending.step, shards.written_by(), pending.about)
+            )
+        if failure is not None:
+            self._fail(pending, failure, must_succeed)
+            return False
+        self._num_failures = 0
+        seconds = time.monotonic() - pending.started_s
+        self._tell(
+            "checkpoint_committed",
+            f"checkpoint of step {pending.step} committed: {pending.num_bytes / 2**20:.1f} MiB "
+            f"in {seconds:.1f} s, {self._store.path(pending.step)}",
+            step=pending.step,
+            num_bytes=pending.num_bytes,
+            seconds=seconds,
+        )
+        if self._groups.rank == 0:
+            self._prune()
+        return True
+
+    def _prune(self) -> None:
+        try:
+            removed = self._store.prune(self._config.checkpoint.keep_last)
+        except OSError as error:
+            # The new checkpoint is safe: an old one too many is no reason to call the save failed.
+            self._tell("checkpoint_failed", f"an old checkpoint could not be removed: {error}")
+            return
+        if removed:
+            self._tell("checkpoint_pruned", f"removed checkpoints of steps {removed}", steps=removed)
+
+    def _fail(self, pending: _Pending, failure: str, must_succeed: bool) -> None:
+        self._num_failures += 1
+
+        def clean_and_look() -> tuple[int | None, int]:
+            self._store.abandon(pending.step)
+            return self._store.scan().newest, _free_bytes(self._store.checkpoints_dir)
+
+        newest, free = self._on_rank_0(clean_and_look)
+        intact = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
+        text = (
+            f"checkpoint of step {pending.step} could not be saved to {pending.partial}: {failure}; it needs "
+            f"about {pending.num_bytes} bytes, {free} are free there now; {intact}"
+        )
+        self._tell("checkpoint_failed", text, step=pending.step)
+        if must_succeed or self._num_failures >= MAX_FAILURES_IN_A_ROW:
+            raise CheckpointError(
+                f"{text}. {self._num_failures} save(s) failed in a row, so the run stops. Make room or repair "
+                "the disk, then start the same command again: it resumes from the newest committed checkpoint."
+            )
+
+    # Loading.
+
+    def _find(self) -> _Found:
+        notes = [("checkpoint_cleaned", line) for line in self._store.clean_leftovers()]
+        found = self._store.newest()
+        notes += [("checkpoint_skipped", f"skipped {name}: {reason}") for name, reason in found.skipped]
+        if found.newest is not None:
+            folder = self._store.path(found.newest)
+            old = compose.load(folder / CONFIG_NAME)
+            changes = resume_rules.check_resume(old, self._config)
+            notes += [("resume", f"changed since the checkpoint: {line}") for line in changes]
+        return _Found(found.newest, tuple(notes))
+
+    def _readable(self, folder: Path) -> Marker:
+        shards.check_readable(read_marker(folder).made_with, folder)
+        return verify(folder)
+
+    def _check_optimizer_layout(self, marker: Marker, folder: Path) -> None:
+        ours = self._config.parallel.distributed_optimizer
+        theirs = marker.about.get("distributed_optimizer", ours)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} was saved with parallel.distributed_optimizer={theirs}, this run has {ours}: the two "
+                f"lay out optimizer state differently. Set parallel.distributed_optimizer={theirs} to continue, "
+                "or start a new stage from its weights with run.init_from."
+            )
+
+    def _rng_name(self) -> str:
+        return f"rng/rank_{self._groups.rank:05d}.pt"
+
+    def _restore_rng(self, marker: Marker, folder: Path) -> None:
+        here = self._about()
+        names = ("world_size", "tensor_size", "pipeline_size", "virtual_pipeline_size", "context_size")
+        changed = [f"{name} {marker.about.get(name)} -> {here[name]}" for name in names
+                   if marker.about.get(name) != here[name]]
+        if changed:
+            self._tell(
+                "resume",
+                f"the layout changed ({', '.join(changed)}): random generators start from run.seed. The data "
+                "order does not depend on them; results agree to rounding, not to the bit",
+            )
+            return
+        # Our own file, whose hash was just compared; numpy's state is not among the types weights_only allows.
+        training_state.restore_rng(torch.load(folder / self._rng_name(), weights_only=False))
+
+    # Agreement between processes.
+
+    def _tell(self, kind: str, text: str, **fields: Any) -> None:
+        if self._groups.rank == 0:
+            self._notify(kind, text, **fields)
+
+    def _attempt(self, call: Callable[[], Any]) -> str | None:
+        """Run on process 0; None, or what the operating system refused, on all processes."""
+
+        def attempt() -> str | None:
+            try:
+                call()
+            except OSError as error:
+                return str(error)
+            return None
+
+        return self._on_rank_0(attempt)
+
+    def _on_rank_0(self, call: Callable[[], _T]) -> _T:
+        """The result of a call on process 0, on all processes; an error of it is raised on all."""
+        box: list[Any] = [None, None]
+        if self._groups.rank == 0:
+            try:
+                box[0] = call()
+            except Exception as error:
+                if self._groups.world_size == 1:
+                    raise
+                box[1] = error
+        if self._groups.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self._groups.device)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+def check_data_order(saved: TrainState, current: Mapping[str, str]) -> None:
+    """Refuse to continue on another data order than the one the checkpoint counts its position in.
+
+    Raises:
+        CheckpointError: it says what would happen.
+    """
+    for split, fingerprint in current.items():
+        before = saved.data_fingerprint.get(split)
+        if before is not None and before != fingerprint:
+            raise CheckpointError(describe_mismatch(before, fingerprint, saved.consumed_sequences))
+
+
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize

@@ -1,0 +1,97 @@
+"""AdamW in torch alone, with its step counter in the parameter group, where megatron-core looks for it.
+
+Without Transformer Engine and apex, megatron-core falls back to `torch.optim.AdamW`, which counts steps per
+parameter. Its DistributedOptimizer cannot resume that (0.16.1 and 0.19.2): `state_dict` of a fresh optimizer
+fails on `assert len(steps) == 1`, and with filled-in state the load fails on `KeyError: 'step'`. FusedAdam of
+either library counts in the group, and so does this class; the arithmetic is torch's own `adamw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from torch.optim.adamw import adamw
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """AdamW as `torch.optim.AdamW`, bit for bit, but with `step` (an int) in the parameter group.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decays of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        adam_w_mode: must be true; L2 regularization is not offered.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("GroupStepAdam decays weights decoupled only: adam_w_mode must be true")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient, and counts one step in each group with parameters."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            if not group["params"]:
+                continue  # a checkpoint aligns the counters; FusedAdam does not count here either
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in params]
+            steps_before = group.get("step", 0)
+            adamw(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                # torch counts up in place, one tensor a parameter.
+                [torch.tensor(float(steps_before)) for _ in params],
+                amsgrad=False,
+                maximize=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            group["step"] = steps_before + 1
+        return loss
+
+    def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
+
+def install() -> bool:
+    """Makes megatron-core use GroupStepAdam where it would fall back to torch's AdamW.
+
+    Returns whether it is in use: false where Transformer Engine or apex is installed, whose FusedAdam stays.
+    """
+    if megatron_optimizer.Adam is GroupStepAdam:
+        return True
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        return False
+    megatron_optimizer.Adam = GroupStepAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    # These three send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
+    distrib_optimizer.Adam = GroupStepAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return True

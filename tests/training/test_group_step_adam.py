@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from phsa_megatron.training.group_step_adam import GroupStepAdam
+
+
+def _weights(seed: int) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(n, 3, generator=generator)) for n in (4, 1, 7)]
+
+
+def _train(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+SETTINGS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def test_equal_to_torch_adamw_to_the_last_bit():
+    ours, theirs = _weights(0), _weights(0)
+    _train(GroupStepAdam(ours, **SETTINGS), ours, range(20))
+    _train(torch.optim.AdamW(theirs, **SETTINGS), theirs, range(20))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], _weights(0)[0])  # something was trained at all
+
+
+def test_the_step_counter_is_in_the_group_and_survives_a_state_dict():
+    weights = _weights(0)
+    optimizer = GroupStepAdam([{"params": weights[:2]}, {"params": weights[2:], "weight_decay": 0.0}], **SETTINGS)
+    _train(optimizer, weights, range(5))
+    assert [group["step"] for group in optimizer.param_groups] == [5, 5]
+    assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
+
+    restored = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    second = GroupStepAdam([{"params": restored[:2]}, {"params": restored[2:]}], **SETTINGS)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _train(optimizer, weights, range(5, 9))
+    _train(second, restored, range(5, 9))
+    assert all(torch.equal(a, b) for a, b in zip(weights, restored, strict=True))
+
+
+def test_without_the_counter_the_resumed_weights_would_differ():
+    weights = _weights(0)
+    optimizer = GroupStepAdam(weights, **SETTINGS)
+    _train(optimizer, weights, range(5))
+    restored = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    second = GroupStepAdam(restored, **SETTINGS)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    del second.param_groups[0]["step"]
+    _train(optimizer, weights, range(5, 6))
+    _train(second, restored, range(5, 6))
+    assert not torch.equal(weights[0], restored[0])
+
+
+def test_a_parameter_without_gradient_stays():
+    weights = _weights(0)
+    before = weights[1].detach().clone()
+    optimizer = GroupStepAdam(weights, **SETTINGS)
+    weights[0].grad = torch.ones_like(weights[0])
+    optimizer.step()
+    assert torch.equal(weights[1], before)
+
+
+def test_coupled_weight_decay_is_refused():
+    with pytest.raises(ValueError, match="adam_w_mode"):
+        GroupStepAdam(_weights(0), adam_w_mode=False)
