@@ -76,16 +76,20 @@ def test_equations_hold_when_their_left_sides_are_computed(demo):
     computed = 0
     for line in lines:
         sides = line.split(" = ")
-        if len(sides) != 3 or "=" in sides[2]:
+        if len(sides) != 3 or "=" in sides[2] or "rounded" in line:
             continue
         value = re.match(r"[\d,.]+$", sides[2].split(" ")[0])
         expression = re.sub(r"(?<=\d),(?=\d)", "", re.sub(r"\b(?!x\b)[a-z_-]*[a-z]\b", "", sides[1]))
         expression = re.sub(r"\s+", " ", expression).replace(" x ", " * ")
         if value is None or not re.fullmatch(r"[\d\s.*+/()-]+", expression):
             continue
-        assert eval(expression) == pytest.approx(float(value.group().replace(",", ""))), line
+        # Memory is printed to two digits, so its sum may be off by half of the last one for each term.
+        slack = 0.03 if line.startswith("memory") else 0
+        assert eval(expression) == pytest.approx(float(value.group().replace(",", "")), abs=slack or None), (
+            line
+        )
         computed += 1
-    assert computed >= 8
+    assert computed >= 10
 
 
 def test_memory_that_does_not_fit_is_said(changed):
