@@ -1,0 +1,117 @@
+"""Writes every derived number as an equation with its inputs, for the print before step one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phsa_megatron.config.schema import AttentionKind, LrSchedule, TrainConfig
+
+if TYPE_CHECKING:
+    from phsa_megatron.config.derive import Derived
+
+
+def equations(config: TrainConfig, derived: Derived) -> list[str]:
+    """Return one line for each derived number of a run."""
+    return [
+        *_layout(config, derived),
+        *_batch(config, derived),
+        *_parameters(config, derived),
+        *_flops(config, derived),
+        *_memory(config, derived),
+    ]
+
+
+def _layout(config: TrainConfig, derived: Derived) -> list[str]:
+    parallel, cluster = config.parallel, config.cluster
+    layers = (
+        f"layers per pipeline stage = {config.model.num_layers} layers / {parallel.pipeline_size} stages"
+        + (f" / {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size else "")
+        + f" = {derived.layers_per_chunk}"
+    )
+    return [
+        f"processes = {cluster.num_nodes} nodes x {cluster.processes_per_node} a node = {derived.world_size}",
+        f"data-parallel size = {derived.world_size} processes / ({parallel.tensor_size} tensor x "
+        f"{parallel.pipeline_size} pipeline x {parallel.context_size} context) = "
+        f"{derived.data_parallel_size}",
+        layers,
+    ]
+
+
+def _batch(config: TrainConfig, derived: Derived) -> list[str]:
+    optim, run = config.optim, config.run
+    batch, length = optim.global_batch_sequences, config.data.seq_len_tokens
+    if optim.schedule == LrSchedule.cosine:
+        decay = (
+            f"learning-rate decay = ({run.train_steps:,} - {optim.warmup_steps:,}) steps x {batch:,} "
+            f"sequences = {derived.decay_sequences:,} sequences (cosine)"
+        )
+    else:
+        decay = (
+            f"learning-rate decay = {optim.decay_steps:,} steps x {batch:,} sequences = "
+            f"{derived.decay_sequences:,} sequences (wsd, the last ones)"
+        )
+    return [
+        f"micro-batches per step = {batch:,} sequences / ({optim.micro_batch_sequences} a micro-batch x "
+        f"{derived.data_parallel_size} data-parallel) = {derived.micro_batches_per_step:,}",
+        f"tokens per step = {batch:,} sequences x {length:,} tokens = {derived.tokens_per_step:,}",
+        f"sequences = {run.train_steps:,} steps x {batch:,} sequences = {derived.total_sequences:,}",
+        f"tokens = {run.train_steps:,} steps x {derived.tokens_per_step:,} tokens = {derived.total_tokens:,}",
+        f"learning-rate warm-up = {optim.warmup_steps:,} steps x {batch:,} sequences = "
+        f"{derived.warmup_sequences:,} sequences",
+        decay,
+        f"document boundaries per sequence = {derived.max_documents_per_sequence:,}"
+        + ("" if config.data.max_documents_per_sequence is not None else f" = {length:,} tokens / 16"),
+    ]
+
+
+def _parameters(config: TrainConfig, derived: Derived) -> list[str]:
+    model, count = config.model, derived.parameters
+    multiple = f"{model.vocab_pad_multiple} x {config.parallel.tensor_size}"
+    terms = f"{model.num_layers} layers x {count.per_layer:,} + final norm {model.hidden_size:,}"
+    if model.mtp_num_layers:
+        terms += f" + token-prediction depths {count.mtp:,}"
+    output = "tied output 0" if model.tie_embeddings else f"output {count.output_layer:,}"
+    return [
+        f"query heads per key-value head (R) = {model.num_query_heads} / {model.num_kv_heads} = "
+        f"{derived.group_heads}",
+        f"padded vocabulary = {model.vocab_size:,} rounded up to a multiple of {multiple} = "
+        f"{derived.padded_vocab_size:,}",
+        f"parameters without embeddings = {terms} = {count.non_embedding:,}",
+        f"parameters = {count.non_embedding:,} + embedding {derived.padded_vocab_size:,} x "
+        f"{model.hidden_size:,} + {output} = {count.total:,}",
+    ]
+
+
+def _flops(config: TrainConfig, derived: Derived) -> list[str]:
+    length, attention = config.data.seq_len_tokens, config.attention
+    linear = 6 * derived.parameters.active_in_products
+    lines = [
+        f"FLOPs per token, dense equivalent = 6 x {derived.parameters.active_in_products:,} weights in "
+        f"matrix products + causal attention {derived.flops_per_token_dense - linear:,.0f} = "
+        f"{derived.flops_per_token_dense:.4g} (forward + backward, documents of {length:,} tokens)",
+        f"FLOPs per token, selected = {linear:,} + attention and selection "
+        f"{derived.flops_per_token_selected - linear:,.0f} = {derived.flops_per_token_selected:.4g}",
+    ]
+    if attention.kind == AttentionKind.phsa:
+        windows = f"init {attention.init_tokens} + local {attention.local_tokens}"
+        chosen = f"{attention.train_topk} x {attention.block_tokens}"
+        lines += [
+            f"sparsity at the last token = 1 - at most ({windows} + {chosen}) / {length:,} tokens = "
+            f"{derived.sparsity_last_token_frac:.2%} (k = {attention.train_topk})",
+            f"sparsity, mean over causal positions = {derived.sparsity_mean_frac:.2%} "
+            f"(k = {attention.train_topk})",
+            f"selected blocks in evaluation and generation (k) = {derived.topk_inference}",
+        ]
+    return lines
+
+
+def _memory(config: TrainConfig, derived: Derived) -> list[str]:
+    memory, limit = derived.memory, config.cluster.memory_gib
+    line = (
+        f"memory of a device, rough = weights {memory.weights_gib:.2f} + gradients {memory.grads_gib:.2f} + "
+        f"optimizer {memory.optimizer_gib:.2f} + activations {memory.activations_gib:.2f} + logits "
+        f"{memory.logits_gib:.2f} = {memory.total_gib:.2f} GiB"
+    )
+    if limit is not None:
+        line += f" of {limit:g} GiB" + (": MORE THAN THERE IS" if memory.total_gib > limit else "")
+    return [line]

@@ -1,0 +1,188 @@
+"""Counts of parameters, FLOPs and attended tokens: exact integers, each tested against a loop that counts.
+
+Letters: S tokens of a document, Hq and Hkv query and key-value heads, R = Hq / Hkv, D head dim, m block
+size, k top-k.
+
+A multiply-add is 2 FLOPs; only matrix products are counted, as is usual for utilization: softmax, norms,
+RoPE and sorting are left out. The backward pass of a product costs twice its forward pass. Selection has no
+backward pass (method, section 3). Recomputation is not counted: it is not useful work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable parameters of the whole model, over all devices.
+
+    Attributes:
+        embedding: rows of the padded vocabulary times width.
+        output_layer: the same again, or 0 if it is tied to the embedding.
+        per_layer: one transformer layer.
+        mtp: all multi-token-prediction depths.
+        total: everything.
+        non_embedding: everything but embedding and output layer.
+        active_in_products: weights that multiply each token once: what linear FLOPs are made of.
+    """
+
+    embedding: int
+    output_layer: int
+    per_layer: int
+    mtp: int
+    total: int
+    non_embedding: int
+    active_in_products: int
+
+
+def padded_vocab_size(model: ModelConfig, tensor_size: int) -> int:
+    """Return the rows of the embedding: the vocabulary, rounded up so that it splits evenly."""
+    multiple = model.vocab_pad_multiple * tensor_size
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def layer_product_weights(model: ModelConfig) -> int:
+    """Return the weights in the matrices of one layer: q, k, v, output projection, SwiGLU in and out."""
+    q_width = model.num_query_heads * model.head_dim
+    kv_width = model.num_kv_heads * model.head_dim
+    return model.hidden_size * (2 * q_width + 2 * kv_width + 3 * model.ffn_hidden_size)
+
+
+def count_parameters(model: ModelConfig, padded_vocab: int) -> ParameterCount:
+    """Return the exact parameter counts of the Qwen3 shape: RMSNorm weights, no biases."""
+    hidden = model.hidden_size
+    norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
+    per_layer = layer_product_weights(model) + norms
+    embedding = padded_vocab * hidden
+    output_layer = 0 if model.tie_embeddings else embedding
+    # A depth joins embedding and hidden state (2h to h), each under its own norm, and ends in a norm.
+    mtp = model.mtp_num_layers * (2 * hidden * hidden + 3 * hidden + per_layer)
+    non_embedding = model.num_layers * per_layer + hidden + mtp
+    products = model.num_layers * layer_product_weights(model) + padded_vocab * hidden
+    products += model.mtp_num_layers * (
+        2 * hidden * hidden + layer_product_weights(model) + padded_vocab * hidden
+    )
+    return ParameterCount(
+        embedding=embedding,
+        output_layer=output_layer,
+        per_layer=per_layer,
+        mtp=mtp,
+        total=embedding + output_layer + non_embedding,
+        non_embedding=non_embedding,
+        active_in_products=products,
+    )
+
+
+def causal_pairs(num_tokens: int) -> int:
+    """Return the (query, key) pairs of full causal attention over one document."""
+    return num_tokens * (num_tokens + 1) // 2
+
+
+def attended_tokens(position: int, attention: AttentionConfig, topk: int) -> int:
+    """Return how many tokens the query at a position attends to, itself included.
+
+    Init and local are whole blocks clipped to the position; each token counts once; with fewer candidates
+    than k, all of them are chosen.
+    """
+    m = attention.block_tokens
+    local_start, num_init = _local_start(position, attention), attention.init_tokens // m
+    local = position - local_start * m + 1
+    init = min(num_init, local_start) * m
+    candidates = max(0, local_start - num_init)
+    return init + local + min(topk, candidates) * m
+
+
+def selected_pairs(num_tokens: int, attention: AttentionConfig, topk: int) -> int:
+    """Return the (query, key) pairs that PHSA attends to over one document of `num_tokens`."""
+    if is_dense(num_tokens, attention):
+        return causal_pairs(num_tokens)
+    m, total = attention.block_tokens, 0
+    for block_start in range(0, num_tokens, m):
+        # Inside a block only the local part grows, by one token a query.
+        queries = min(m, num_tokens - block_start)
+        total += queries * attended_tokens(block_start, attention, topk) + queries * (queries - 1) // 2
+    return total
+
+
+def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
+    """Return the (query, block) pairs that selection must score over one document.
+
+    softmax_sum scores every block before the current one, windows included, because its normalizer runs over
+    them; raw_sum needs only the candidates.
+    """
+    if is_dense(num_tokens, attention):
+        return 0
+    m, total = attention.block_tokens, 0
+    num_init = attention.init_tokens // m
+    for block_start in range(0, num_tokens, m):
+        queries = min(m, num_tokens - block_start)
+        if attention.group_score == GroupScore.softmax_sum:
+            blocks = block_start // m
+        else:
+            blocks = max(0, _local_start(block_start, attention) - num_init)
+        total += queries * blocks
+    return total
+
+
+def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
+    """Return the forward FLOPs of pooling and scoring of one layer over one document."""
+    if is_dense(num_tokens, attention):
+        return 0
+    complete_blocks = num_tokens // attention.block_tokens
+    pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
+    # raw_sum is linear: the group's queries are summed first and scored once (method, section 3).
+    per_pair = (
+        model.num_query_heads if attention.group_score == GroupScore.softmax_sum else model.num_kv_heads
+    )
+    return pooling + 2 * model.head_dim * per_pair * scored_pairs(num_tokens, attention)
+
+
+def attention_flops(pairs: int, model: ModelConfig) -> int:
+    """Return the forward FLOPs of one layer's scores and weighted sum over (query, key) pairs."""
+    return 4 * model.head_dim * model.num_query_heads * pairs
+
+
+def train_flops_per_sequence(
+    num_tokens: int, model: ModelConfig, parameters: ParameterCount, attention: AttentionConfig | None
+) -> int:
+    """Return forward and backward FLOPs of one sequence that is one document.
+
+    Args:
+        num_tokens: tokens of the sequence.
+        model: the shape.
+        parameters: its counts.
+        attention: what the layers compute; None counts full causal attention (the dense equivalent).
+    """
+    linear = 2 * parameters.active_in_products * num_tokens
+    layers = model.num_layers + model.mtp_num_layers
+    if attention is None:
+        return 3 * (linear + layers * attention_flops(causal_pairs(num_tokens), model))
+    pairs = selected_pairs(num_tokens, attention, attention.train_topk)
+    selection = layers * selection_flops(num_tokens, model, attention)
+    return 3 * (linear + layers * attention_flops(pairs, model)) + selection
+
+
+def last_token_sparsity_frac(num_tokens: int, attention: AttentionConfig, topk: int) -> float:
+    """Return the share of a document's tokens that its last query leaves out."""
+    if is_dense(num_tokens, attention):
+        return 0.0
+    return 1 - attended_tokens(num_tokens - 1, attention, topk) / num_tokens
+
+
+def mean_sparsity_frac(num_tokens: int, attention: AttentionConfig, topk: int) -> float:
+    """Return the share of the causal (query, key) pairs of a document that is left out."""
+    return 1 - selected_pairs(num_tokens, attention, topk) / causal_pairs(num_tokens)
+
+
+def is_dense(num_tokens: int, attention: AttentionConfig) -> bool:
+    """Return whether a document of this length gets full causal attention."""
+    return attention.kind == AttentionKind.dense or num_tokens <= attention.dense_len_tokens
+
+
+def _local_start(position: int, attention: AttentionConfig) -> int:
+    """Return the first block of the local window of the query at a position."""
+    m = attention.block_tokens
+    return max(0, position // m - attention.local_tokens // m + 1)
