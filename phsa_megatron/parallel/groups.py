@@ -136,9 +136,9 @@ def _check_world_size(config: TrainConfig, world_size: int) -> None:
     if world_size != expected:
         raise ConfigError(
             f"cluster.num_nodes={cluster.num_nodes} x "
-            f"cluster.processes_per_node={cluster.processes_per_node} is {expected} processes, but {world_size} "
-            f"started. Start {expected} (torchrun --nproc-per-node {cluster.processes_per_node}, or phsa-launch), "
-            "or change the recipe"
+            f"cluster.processes_per_node={cluster.processes_per_node} is {expected} processes, but "
+            f"{world_size} started. Start {expected} (torchrun --nproc-per-node "
+            f"{cluster.processes_per_node}, or phsa-launch), or change the recipe"
         )
     model_size = layout.tensor_size * layout.pipeline_size * layout.context_size
     if world_size % model_size:
