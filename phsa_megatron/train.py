@@ -1,7 +1,7 @@
 """The training process: `python -m phsa_megatron.train RUN/config.yaml`, once per device.
 
-Exit codes: 0 when all steps are done, and when the run was asked to leave and is saved (RUN/done tells which);
-1 when it failed. A launcher reads RUN/done and RUN/committed_step, not codes.
+Exit codes: 0 when all steps are done, and when the run was asked to leave and is saved (RUN/done tells
+which); 1 when it failed. A launcher reads RUN/done and RUN/committed_step, not codes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ def main(config_path: str | Path) -> int:
     except PhsaError as error:
         print(error, file=sys.stderr)
         return 1
-    if config.cluster.device is Device.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # From here on torch may be imported, and megatron only after the shim.
-    from phsa_megatron.parallel import cpu_shim
+    # Torch may be imported from here on, and megatron only after the shim.
+    from phsa_megatron.parallel import cpu_shim, mcore
 
-    cpu_shim.install()
-    from phsa_megatron.parallel.groups import initialize, warnings_of_megatron_hidden
-    with warnings_of_megatron_hidden():
-        from phsa_megatron.training.loop import train
+    cpu_shim.install(hide_gpu=config.cluster.device is Device.cpu)
+    mcore.hide_known_notices()
+    from phsa_megatron.parallel.groups import initialize
+    from phsa_megatron.training.loop import train
     from phsa_megatron.training.run import Progress
 
     progress = Progress()

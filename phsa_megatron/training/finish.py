@@ -38,8 +38,8 @@ def finish(run: Run, evaluation: Evaluation) -> None:
         write_atomically(run.folder.summary_file, text + "\n")
     run.notify(
         "end",
-        f"done: {run.state.step} steps, final validation loss {evaluation.total.nats_per_token:.4f} nats/token; "
-        f"summary in {run.folder.summary_file}",
+        f"done: {run.state.step} steps, final validation loss {evaluation.total.nats_per_token:.4f} "
+        f"nats/token; summary in {run.folder.summary_file}",
         step=run.state.step,
         reason="all steps are trained",
     )

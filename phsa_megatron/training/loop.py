@@ -24,7 +24,7 @@ class Outcome:
     """How a process ended that did not fail."""
 
     done: bool
-    """All steps are trained and the summary is written; otherwise the run was asked to leave and can go on."""
+    """All steps are trained and summed up; otherwise the run was asked to leave and can go on."""
     step: int
     """Completed optimizer steps, all in a committed checkpoint."""
     reason: str
@@ -94,7 +94,7 @@ def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
 
 
 def _due(run: Run, every_steps: int) -> bool:
-    """Returns whether something that happens every so many steps happens now; the last step has its own turn."""
+    """Returns whether what happens every so many steps happens now; the last step has its own turn."""
     step = run.state.step
     return every_steps > 0 and step % every_steps == 0 and step < run.config.run.train_steps
 
@@ -113,7 +113,8 @@ def evaluate(run: Run) -> Evaluation | None:
         )
         run.notify(
             "evaluation",
-            f"validation at step {run.state.step}: {evaluation.total.nats_per_token:.4f} nats/token ({losses})",
+            f"validation at step {run.state.step}: {evaluation.total.nats_per_token:.4f} nats/token "
+            f"({losses})",
             step=run.state.step,
         )
     return evaluation
@@ -123,8 +124,8 @@ def _leave(run: Run) -> Outcome:
     """Ends a run that was asked to leave; its checkpoint is committed already."""
     step, steps = run.state.step, run.config.run.train_steps
     reason = (
-        f"asked to leave by {run.asked.reason}: step {step} of {steps} is saved; start the same command again "
-        "to go on"
+        f"asked to leave by {run.asked.reason}: step {step} of {steps} is saved; start the same command "
+        "again to go on"
     )
     run.notify("stop_request", reason, step=step)
     run.notify("end", f"left {run.folder.path} at step {step}", reason=reason, step=step)

@@ -79,8 +79,8 @@ def write_replay(run: Run, error: NonFiniteStepError, rng: dict[str, Any]) -> Tr
     command = f"phsa-train replay {folder.path}"
     run.notify("non_finite", f"{error.describe()}\nrun it again with: {command}", step=error.step)
     return TrainingError(
-        f"{error.describe()}\nThe state before the step is kept. Run the step again, and see which layer breaks "
-        f"first:\n  {command}"
+        f"{error.describe()}\nThe state before the step is kept. Run the step again, and see which layer "
+        f"breaks first:\n  {command}"
     )
 
 
@@ -98,7 +98,7 @@ class Replay:
 
     @property
     def first_bad_gradient(self) -> str | None:
-        """Returns the last parameter in model order with a gradient that is not finite: backward starts there."""
+        """Returns the last parameter in model order whose gradient is not finite: backward starts there."""
         bad = [name for name, norm in self.grad_norms.items() if not math.isfinite(norm)]
         return bad[-1] if bad else None
 
@@ -180,7 +180,7 @@ def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
     ]
     set_hyperparameters(parts, state.consumed_sequences + config.optim.global_batch_sequences)
     parts.zero_grad()
-    with _first_bad_output(parts) as bad_outputs:
+    with first_bad_outputs(parts) as bad_outputs:
         rows = forward_backward(parts, batches, forward_step, forward_only=False)
     if faults.happens("nan_grad", step):
         poison_gradient(parts)
@@ -188,14 +188,13 @@ def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
     grad_norms = {
-        name: float(torch.linalg.vector_norm(parameter.main_grad.double()))
-        for name, parameter in parts.named_parameters()
+        name: float(torch.linalg.vector_norm(gradient.double())) for name, gradient in parts.gradient_sums()
     }
     return Replay(step, loss_nats, grad_norm, bad_outputs[0] if bad_outputs else None, grad_norms)
 
 
 @contextmanager
-def _first_bad_output(parts: Parts) -> Iterator[list[str]]:
+def first_bad_outputs(parts: Parts) -> Iterator[list[str]]:
     """Collects the names of modules whose output is not finite, in the order in which they end."""
     bad: list[str] = []
 
@@ -203,7 +202,11 @@ def _first_bad_output(parts: Parts) -> Iterator[list[str]]:
         def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             for tensor in tensors:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if (
+                    isinstance(tensor, Tensor)
+                    and tensor.is_floating_point()
+                    and not torch.isfinite(tensor).all()
+                ):
                     bad.append(name)
 
         return look

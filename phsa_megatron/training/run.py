@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.derive import Derived, derive
+from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig, WandbMode
 from phsa_megatron.data.batches import Batch, BatchReader
@@ -26,7 +27,7 @@ from phsa_megatron.monitoring.throughput import Throughput
 from phsa_megatron.monitoring.wandb_run import stable_run_id
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import stages
-from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.checkpoint import Checkpointer, Notify
 from phsa_megatron.training.evaluate import Evaluator
 from phsa_megatron.training.faults import Faults
 from phsa_megatron.training.optimizer import Parts, build_parts
@@ -66,6 +67,8 @@ class Run:
     checkpointer: Checkpointer
     state: TrainState
     meter: Meter
+    notify: Notify
+    """Tells a person and the records what happened; on process 0."""
     asked: StopRequest = field(default_factory=StopRequest)
     """What was asked and not yet done; `save` is struck off by `save`, `exit` stays."""
     data_hangs: bool = False
@@ -92,13 +95,8 @@ class Run:
         self.recorder.log(self.state.step, {"checkpoint/save_s": time.perf_counter() - start_s})
         self.meter.start()
 
-    def notify(self, kind: str, text: str, **fields: Any) -> None:
-        """Tells a person and the records what happened; on process 0."""
-        self.console.message(text)
-        self.recorder.event(kind, text=text, **fields)
-
     def wait_for_batches(self, prefetcher: Prefetcher[int, list[Batch]]) -> list[Batch] | None:
-        """Returns this process's micro-batches of the next step, or None if the run was asked to leave meanwhile.
+        """Returns this process's micro-batches of the next step, or None if the run shall leave instead.
 
         No process starts the step before all have their data, so that each of them can still leave.
         """
@@ -191,6 +189,11 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
     faults = Faults.from_environment(groups.rank)
     console = Console(config, config.run.train_steps, rank=groups.rank)
     recorder = Recorder(folder, config, derived, rank=groups.rank)
+
+    def notify(kind: str, text: str, **fields: Any) -> None:
+        console.message(text)
+        recorder.event(kind, text=text, **fields)
+
     try:
         throughput = Throughput(derived, consumed_tokens=0, peak_tflops=config.cluster.peak_tflops)
         for line in [*derived.equations(), *throughput.equations()]:
@@ -217,14 +220,10 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
                 train_reader=train_reader,
                 evaluator=Evaluator(config, groups, tokenizer, table),
                 parts=build_parts(config, groups),
-                checkpointer=Checkpointer(
-                    folder,
-                    config,
-                    groups,
-                    notify=lambda kind, text, **fields: run.notify(kind, text, **fields),
-                ),
+                checkpointer=Checkpointer(folder, config, groups, notify),
                 state=TrainState(),
                 meter=Meter(throughput),
+                notify=notify,
             )
             progress.phase = "load"
             run.state = _starting_state(run)
@@ -238,9 +237,11 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
             yield run
     except BaseException as error:
         # No collectives from here on: the other processes may be gone, or wait somewhere else.
-        recorder.event(
-            "error", step=progress.step, phase=progress.phase, kind=type(error).__name__, text=str(error)
-        )
+        # And nothing that fails here, such as a full disk, may hide the error itself.
+        with suppress(TrainingError):
+            recorder.event(
+                "error", step=progress.step, phase=progress.phase, error=type(error).__name__, text=str(error)
+            )
         raise
     finally:
         console.close()
@@ -269,7 +270,9 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
         if run.faults.happens("hang_data", step):
             time.sleep(float(10**6))
         starts = micro_batch_starts(run.config, run.groups, consumed_before[step])
-        return [run.train_reader.micro_batch(first, run.config.optim.micro_batch_sequences) for first in starts]
+        return [
+            run.train_reader.micro_batch(first, run.config.optim.micro_batch_sequences) for first in starts
+        ]
 
     prefetcher = Prefetcher(read, steps, depth=2, poll=_give_up_waiting)
     try:
@@ -296,7 +299,7 @@ def _next_or_none(prefetcher: Prefetcher[int, list[Batch]]) -> list[Batch] | Non
 
 
 def _starting_state(run: Run) -> TrainState:
-    order = {"train": run.train_reader.order.ingredients}
+    order = run.train_reader.order.ingredients
     state = run.checkpointer.load_latest(run.parts, order)
     if state is None:
         state = TrainState(data_fingerprint=order)
@@ -315,7 +318,9 @@ def _peak_memory_gib(groups: Groups) -> float:
         num_bytes = torch.cuda.max_memory_allocated()
     else:
         # Linux counts in KiB, macOS in bytes.
-        num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     peak = torch.tensor(num_bytes / 2**30, dtype=torch.float64, device=groups.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return float(peak.item())

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, a look at the numbers, and only then new weights."""
+"""One optimizer step: micro-batches forward and backward, a look at the numbers, then new weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ class NonFiniteStepError(TrainingError):
             lines.append(f"training sequences with a loss that is not finite: {self.sequences}")
         for rank, names in sorted(self.parameters.items()):
             if names:
-                lines.append(f"rank {rank}, gradients that are not finite, in model order: {', '.join(names)}")
+                lines.append(
+                    f"rank {rank}, gradients that are not finite, in model order: {', '.join(names)}"
+                )
         return "\n".join(lines)
 
 
@@ -147,8 +149,9 @@ class ForwardStep:
             losses: nats per token, [b, S].
 
         Returns:
-            The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its sum
-            over micro-batches and data-parallel processes), and fp64 [2, b]: nats and tokens of each sequence.
+            The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its
+            sum over micro-batches and data-parallel processes), and fp64 [2, b]: nats and tokens of each
+            sequence.
         """
         losses = losses.float().view_as(loss_mask)
         if self.poisoned:
@@ -238,11 +241,7 @@ def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
 
 def bad_gradients(parts: Parts) -> list[str]:
     """Returns the parameters of this process whose gradient is not finite, in model order."""
-    return [
-        name
-        for name, parameter in parts.named_parameters()
-        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()
-    ]
+    return [name for name, gradient in parts.gradient_sums() if not torch.isfinite(gradient).all()]
 
 
 def _bad_parameters(parts: Parts) -> dict[int, list[str]]:
@@ -269,5 +268,5 @@ def _bad_sequences(parts: Parts, rows: list[Tensor], state: TrainState) -> list[
 
 def poison_gradient(parts: Parts) -> None:
     """Has the injected fault `nan_grad`: the gradient of a weight in the middle of the model becomes NaN."""
-    parameters = [parameter for _, parameter in parts.named_parameters() if parameter.requires_grad]
-    parameters[len(parameters) // 2].main_grad.fill_(math.nan)
+    gradients = [gradient for _, gradient in parts.gradient_sums()]
+    gradients[len(gradients) // 2].fill_(math.nan)

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.resolved import to_config
+from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.data.manifest import FileRecord, Manifest
+from phsa_megatron.data.tokenizer import Tokenizer
+from phsa_megatron.monitoring.records import read_records
+from phsa_megatron.parallel.groups import Groups, initialize
+from phsa_megatron.training.loop import Outcome, train
 
 EOD = "<|endoftext|>"
-WORDS = "the a cat dog sun, moon. river! stone; bird? over under and then it sat ran sang; far away".split()
+WORDS = ["the", "a", "cat", "dog", "sun,", "moon.", "river!", "stone;", "bird?", "over", "under"]
+WORDS += ["and", "then", "it", "sat", "ran", "sang;", "far", "away"]
 SOURCES = {"prose": "en", "verse": "zh"}
 
 
 def _text(generator: random.Random) -> str:
-    """A document with something to learn: each word is followed by one of two, with punctuation in between."""
+    """A document with something to learn: each word is followed by one of two; some carry a mark."""
     index, words = generator.randrange(len(WORDS)), []
     for _ in range(generator.randint(8, 60)):
         words.append(WORDS[index])
@@ -31,9 +44,7 @@ def _text(generator: random.Random) -> str:
 
 
 def _write_tokenizer(path: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
+    backend = HuggingFaceTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     generator = random.Random(0)
@@ -48,11 +59,6 @@ def _write_tokenizer(path: Path) -> None:
 
 
 def _write_source(prefix: Path, tokenizer_file: Path, seed: int, num_documents: int) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    from phsa_megatron.data.manifest import FileRecord, Manifest
-    from phsa_megatron.data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.from_file(tokenizer_file, EOD)
     generator = random.Random(seed)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -155,3 +161,60 @@ def no_injected_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keeps a fault of the surrounding shell out of the tests."""
     monkeypatch.delenv("PHSA_FAULT", raising=False)
     yield
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run in this process left."""
+
+    outcome: Outcome
+    folder: RunFolder
+    steps: list[dict[str, float]]
+    """Values of each step, in order."""
+
+    def curve(self) -> list[tuple[float, float, float]]:
+        """Loss, gradient norm and zero-gradient count of each step."""
+        return [
+            (s["train/loss_nats"], s["optim/grad_norm"], s["optim/num_zeros"])
+            for s in self.steps
+            if "train/loss_nats" in s
+        ]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of a kind, in order."""
+        lines = self.folder.metrics_file.read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record.get("event") == kind]
+
+
+def run_once(config: TrainConfig) -> Finished:
+    """Starts or resumes a run in this process."""
+    folder = prepare_run_folder(config).folder
+    groups = initialize(config)
+    try:
+        outcome = train(config, groups)
+    finally:
+        groups.close()
+    values = read_records(folder.metrics_file).values_by_step
+    return Finished(outcome, folder, list(values.values()))
+
+
+@pytest.fixture
+def run() -> Callable[[TrainConfig], Finished]:
+    """Starts or resumes a run in this process, and reads what it left."""
+    return run_once
+
+
+@pytest.fixture
+def open_groups() -> Iterator[Callable[[TrainConfig], Groups]]:
+    """Initializes groups for a config, with its seed; each call closes the groups of the call before."""
+    opened: list[Groups] = []
+
+    def reopen(config: TrainConfig) -> Groups:
+        if opened:
+            opened.pop().close()
+        opened.append(initialize(config))
+        return opened[-1]
+
+    yield reopen
+    if opened:
+        opened.pop().close()
