@@ -34,7 +34,9 @@ def test_equal_to_torch_adamw_to_the_last_bit():
 
 def test_the_step_counter_is_in_the_group_and_survives_a_state_dict():
     weights = _weights(0)
-    optimizer = GroupStepAdam([{"params": weights[:2]}, {"params": weights[2:], "weight_decay": 0.0}], **SETTINGS)
+    optimizer = GroupStepAdam(
+        [{"params": weights[:2]}, {"params": weights[2:], "weight_decay": 0.0}], **SETTINGS
+    )
     _train(optimizer, weights, range(5))
     assert [group["step"] for group in optimizer.param_groups] == [5, 5]
     assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
