@@ -1,8 +1,8 @@
 """Composes a run's settings once, from the schema, the recipe groups, a recipe and the command line.
 
-Hydra reads the YAML files and decides their order. Everything a person may get wrong (a misspelt key, a wrong type,
-a file that does not exist, a value nobody gave) is checked here, so that the answer names the file, the line and the
-nearest right name, and so that every value's origin is known.
+Hydra reads the YAML files and decides their order. Everything a person may get wrong (a misspelt key, a
+wrong type, a file that does not exist, a value nobody gave) is checked here, so that the answer names the
+file, the line and the nearest right name, and so that every value's origin is known.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from phsa_megatron.config import check_keys, keys
@@ -76,7 +76,9 @@ class Tree:
 
     def missing(self) -> list[str]:
         """Return the required keys that nobody gave, in the order of the schema."""
-        absent = OmegaConf.missing_keys(self.tree)
+        values = OmegaConf.to_container(self.tree)
+        assert isinstance(values, dict)
+        absent = {key for key, value in leaves({str(k): v for k, v in values.items()}) if value == MISSING}
         return [key for key in self.provenance if key in absent]
 
 
@@ -222,7 +224,7 @@ def _own_recipes_dir(folder: Path, builtin: Path) -> Path:
 
 @contextmanager
 def _messages_for_people(available: dict[str, list[str]]) -> Iterator[None]:
-    """Turn what Hydra raises about a recipe file into a ConfigError without Hydra's advice to add unknown keys."""
+    """Turn what Hydra raises about a recipe file into a ConfigError without its advice to add keys."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:

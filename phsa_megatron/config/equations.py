@@ -31,7 +31,8 @@ def _layout(config: TrainConfig, derived: Derived) -> list[str]:
     return [
         f"processes = {cluster.num_nodes} nodes x {cluster.processes_per_node} a node = {derived.world_size}",
         f"data-parallel size = {derived.world_size} processes / ({parallel.tensor_size} tensor x "
-        f"{parallel.pipeline_size} pipeline x {parallel.context_size} context) = {derived.data_parallel_size}",
+        f"{parallel.pipeline_size} pipeline x {parallel.context_size} context) = "
+        f"{derived.data_parallel_size}",
         layers,
     ]
 
@@ -85,8 +86,8 @@ def _flops(config: TrainConfig, derived: Derived) -> list[str]:
     length, attention = config.data.seq_len_tokens, config.attention
     linear = 6 * derived.parameters.active_in_products
     lines = [
-        f"FLOPs per token, dense equivalent = 6 x {derived.parameters.active_in_products:,} weights in matrix "
-        f"products + causal attention {derived.flops_per_token_dense - linear:,.0f} = "
+        f"FLOPs per token, dense equivalent = 6 x {derived.parameters.active_in_products:,} weights in "
+        f"matrix products + causal attention {derived.flops_per_token_dense - linear:,.0f} = "
         f"{derived.flops_per_token_dense:.4g} (forward + backward, documents of {length:,} tokens)",
         f"FLOPs per token, selected = {linear:,} + attention and selection "
         f"{derived.flops_per_token_selected - linear:,.0f} = {derived.flops_per_token_selected:.4g}",
@@ -97,7 +98,8 @@ def _flops(config: TrainConfig, derived: Derived) -> list[str]:
         lines += [
             f"sparsity at the last token = 1 - at most ({windows} + {chosen}) / {length:,} tokens = "
             f"{derived.sparsity_last_token_frac:.2%} (k = {attention.train_topk})",
-            f"sparsity, mean over causal positions = {derived.sparsity_mean_frac:.2%} (k = {attention.train_topk})",
+            f"sparsity, mean over causal positions = {derived.sparsity_mean_frac:.2%} "
+            f"(k = {attention.train_topk})",
             f"selected blocks in evaluation and generation (k) = {derived.topk_inference}",
         ]
     return lines

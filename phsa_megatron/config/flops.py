@@ -1,10 +1,11 @@
 """Counts of parameters, FLOPs and attended tokens: exact integers, each tested against a loop that counts.
 
-Letters: S tokens of a document, Hq and Hkv query and key-value heads, R = Hq / Hkv, D head dim, m block size, k top-k.
+Letters: S tokens of a document, Hq and Hkv query and key-value heads, R = Hq / Hkv, D head dim, m block
+size, k top-k.
 
-A multiply-add is 2 FLOPs; only matrix products are counted, as is usual for utilization: softmax, norms, RoPE and
-sorting are left out. The backward pass of a product costs twice its forward pass. Selection has no backward pass
-(method, section 3). Recomputation is not counted: it is not useful work.
+A multiply-add is 2 FLOPs; only matrix products are counted, as is usual for utilization: softmax, norms,
+RoPE and sorting are left out. The backward pass of a product costs twice its forward pass. Selection has no
+backward pass (method, section 3). Recomputation is not counted: it is not useful work.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def causal_pairs(num_tokens: int) -> int:
 def attended_tokens(position: int, attention: AttentionConfig, topk: int) -> int:
     """Return how many tokens the query at a position attends to, itself included.
 
-    Init and local are whole blocks clipped to the position; each token counts once; with fewer candidates than
-    k, all of them are chosen.
+    Init and local are whole blocks clipped to the position; each token counts once; with fewer candidates
+    than k, all of them are chosen.
     """
     m = attention.block_tokens
     local_start, num_init = _local_start(position, attention), attention.init_tokens // m
@@ -133,7 +134,9 @@ def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionCon
     complete_blocks = num_tokens // attention.block_tokens
     pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
     # raw_sum is linear: the group's queries are summed first and scored once (method, section 3).
-    per_pair = model.num_query_heads if attention.group_score == GroupScore.softmax_sum else model.num_kv_heads
+    per_pair = (
+        model.num_query_heads if attention.group_score == GroupScore.softmax_sum else model.num_kv_heads
+    )
     return pooling + 2 * model.head_dim * per_pair * scored_pairs(num_tokens, attention)
 
 

@@ -1,7 +1,7 @@
 """Every key of the schema with its type, unit and meaning, and the nearest one to a misspelt key.
 
-A key is a dotted path (`optim.lr`). Under a mapping the schema cannot know the names, so the pattern holds a star:
-`data.sources.*.weight`.
+A key is a dotted path (`optim.lr`). Under a mapping the schema cannot know the names, so the pattern holds
+a star: `data.sources.*.weight`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def fields() -> dict[str, Field]:
 
 @cache
 def groups() -> dict[str, str]:
-    """Return the keys that hold other keys, with their meaning (`optim`, `monitoring.wandb`, `data.sources.*`)."""
+    """Return the keys that hold other keys (`optim`, `data.sources.*`), with their meaning."""
     return {key: _docs()[cls.__name__][""] for key, cls in _walk_groups(schema.TrainConfig, "")}
 
 
@@ -218,8 +218,8 @@ def _walk(cls: type, prefix: str) -> Iterator[Field]:
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             yield from _walk(annotation, key + ".")
             continue
-        has_factory = item.default_factory is not dataclasses.MISSING
-        default = item.default_factory() if has_factory else item.default  # type: ignore[misc]
+        factory = item.default_factory
+        default = item.default if factory is dataclasses.MISSING else factory()
         yield Field(key, annotation, default, _docs()[cls.__name__].get(item.name, ""))
         value_class = _value_class(annotation)
         if value_class is not None:

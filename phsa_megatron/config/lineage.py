@@ -10,6 +10,7 @@ from typing import Any
 
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.resolved import write_atomically
+from phsa_megatron.config.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,6 @@ def describe_source(init_from: str) -> Source:
         ConfigError: it is neither a run folder with a committed checkpoint nor a Hugging Face folder.
     """
     path = Path(init_from).expanduser().resolve()
-    # Imported late: run_folder reads lineage, and the names in a run folder are spelt there alone.
-    from phsa_megatron.config.run_folder import RunFolder
-
     folder = RunFolder(path)
     if folder.config_file.is_file():
         steps = folder.committed_steps()
@@ -65,8 +63,8 @@ def describe_source(init_from: str) -> Source:
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return Source(path, "huggingface", None, None, _sha256(path / "config.json"))
     raise ConfigError(
-        f"run.init_from={init_from}: {path} is neither a run folder (config.yaml and checkpoints/) nor a Hugging "
-        "Face folder (config.json and *.safetensors); check the path"
+        f"run.init_from={init_from}: {path} is neither a run folder (config.yaml and checkpoints/) nor a "
+        "Hugging Face folder (config.json and *.safetensors); check the path"
     )
 
 

@@ -1,4 +1,4 @@
-"""A rough estimate of one device's memory in training: enough to see that a run cannot fit before it starts."""
+"""A rough estimate of one device's memory in training: enough to see early that a run cannot fit."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def estimate_memory(
     parallel, model = config.parallel, config.model
     element = 2 if config.run.dtype == Dtype.bf16 else 4
     layers_here = -(-model.num_layers // parallel.pipeline_size)
-    here = layers_here * parameters.per_layer + parameters.embedding + parameters.mtp
+    parameters_here = layers_here * parameters.per_layer + parameters.embedding + parameters.mtp
     if parallel.pipeline_size == 1:
-        here += parameters.output_layer
-    here /= parallel.tensor_size
+        parameters_here += parameters.output_layer
+    here = parameters_here / parallel.tensor_size
     # fp32 training updates the weights themselves; bf16 training keeps fp32 masters beside the two moments.
     optimizer_bytes = (12 if config.run.dtype == Dtype.bf16 else 8) * here
     if parallel.distributed_optimizer:
@@ -55,8 +55,14 @@ def estimate_memory(
     activations = _activation_bytes(config, tokens, layers_here, element) * in_flight
     logits = tokens * padded_vocab / parallel.tensor_size * (element + 2 * 4)
     weights, grads = element * here, 4 * here
-    parts = [part / _GIB for part in (weights, grads, optimizer_bytes, activations, logits)]
-    return MemoryEstimate(*parts, total_gib=sum(parts))
+    return MemoryEstimate(
+        weights_gib=weights / _GIB,
+        grads_gib=grads / _GIB,
+        optimizer_gib=optimizer_bytes / _GIB,
+        activations_gib=activations / _GIB,
+        logits_gib=logits / _GIB,
+        total_gib=(weights + grads + optimizer_bytes + activations + logits) / _GIB,
+    )
 
 
 def _activation_bytes(config: TrainConfig, tokens: int, layers: int, element: int) -> float:
@@ -80,7 +86,7 @@ def _activation_bytes(config: TrainConfig, tokens: int, layers: int, element: in
 
 
 def _core_attention_bytes(config: TrainConfig, tokens: int) -> float:
-    """Return what the core attention keeps: fp32 scores and probabilities in the reference, else nothing of note."""
+    """Return what the core attention keeps: fp32 scores and probabilities in the reference, else little."""
     length = config.data.seq_len_tokens
     if config.attention.impl != KernelImpl.reference or is_dense(length, config.attention):
         return 0.0

@@ -1,4 +1,4 @@
-"""Reads KEY=VALUE arguments: group choices and settings, each checked against the schema before anything runs."""
+"""Reads KEY=VALUE arguments: group choices and settings, each checked against the schema."""
 
 from __future__ import annotations
 

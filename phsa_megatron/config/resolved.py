@@ -26,8 +26,8 @@ def dump(config: TrainConfig) -> str:
 def load(path: str | Path) -> TrainConfig:
     """Read a resolved file.
 
-    A setting that the file lacks takes the schema's default, so that a run made before the setting existed can
-    still be read; defaults of new settings keep the earlier behaviour for that reason.
+    A setting that the file lacks takes the schema's default, so that a run made before the setting existed
+    can still be read; defaults of new settings keep the earlier behaviour for that reason.
 
     Raises:
         ConfigError: the file is missing or not YAML, has an unknown key or a wrong type, or lacks a setting

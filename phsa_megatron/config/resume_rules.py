@@ -1,4 +1,4 @@
-"""What may change between the run that left a checkpoint and the run that goes on from it, and why the rest may not.
+"""What may change between a checkpoint and the run that goes on from it, and why the rest may not.
 
 `diff` compares two configurations key by key; every key of the schema has a rule, and a test asserts it.
 """
@@ -38,7 +38,9 @@ _ATTENTION = ResumeRule(
 )
 _ORDER = ResumeRule(False, "the order of the data would change: texts would be repeated or left out unseen")
 _TOKENS = ResumeRule(False, "the same token ids would stand for other texts, or sequences for other tokens")
-_UNUSED = ResumeRule(False, "it is used only when a run starts, so the new value would be recorded but not used")
+_UNUSED = ResumeRule(
+    False, "it is used only when a run starts, so the new value would be recorded but not used"
+)
 _SCHEDULE = ResumeRule(
     True, "the learning rate follows the new curve from the next step on, and may jump there"
 )
@@ -111,8 +113,8 @@ RULES: dict[str, ResumeRule] = {
     "parallel.recompute": _ROUNDING,
     "optim.global_batch_sequences": ResumeRule(
         True,
-        "the data goes on after the sequences consumed so far, none repeated or left out; the learning-rate curve, "
-        "which counts sequences, is re-measured with the new batch and may jump",
+        "the data goes on after the sequences consumed so far, none repeated or left out; the learning-rate "
+        "curve, which counts sequences, is re-measured with the new batch and may jump",
     ),
     "optim.micro_batch_sequences": _ROUNDING,
     "optim.lr": _SCHEDULE,

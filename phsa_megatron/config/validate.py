@@ -1,7 +1,7 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
-A rule yields messages made by `_broken`: field, value, rule and fix. Ranges of single numbers are in `ranges.py`;
-types and names are checked earlier, by the schema.
+A rule yields messages made by `_broken`: field, value, rule and fix. Ranges of single numbers are in
+`ranges.py`; types and names are checked earlier, by the schema.
 """
 
 from __future__ import annotations
@@ -217,8 +217,9 @@ def _layers_divide(config: TrainConfig) -> Iterator[str]:
 
 
 def _virtual_pipeline(config: TrainConfig) -> Iterator[str]:
-    # With two stages, megatron's batched point-to-point messages would give wrong numbers under VPP; the model
-    # factory therefore always sends them one by one (overlap_p2p_comm), and two stages are allowed here.
+    # With two stages, megatron's batched point-to-point messages would give wrong numbers under VPP; the
+    # model factory therefore always sends them one by one (overlap_p2p_comm), and two stages are allowed
+    # here.
     parallel, virtual = config.parallel, config.parallel.virtual_pipeline_size
     if virtual is None:
         return
