@@ -236,7 +236,8 @@ def _event_rows(records: Records) -> list[dict[str, str]]:
         if event.kind in {"sample", "baselines"}:
             continue
         fields = {key: value for key, value in event.fields.items() if key != "environment"}
-        text = ", ".join(f"{key} {value}" for key, value in fields.items())
+        words = [str(fields.pop("text"))] if "text" in fields else []
+        text = ", ".join(words + [f"{key} {value}" for key, value in fields.items()])
         step = "" if event.step is None else f"{event.step:,}"
         rows.append({"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text})
     return rows
