@@ -1,0 +1,1 @@
+"""PHSA inside megatron-core: punctuation, pooling weights, side information, core attention."""

@@ -1,0 +1,39 @@
+"""The layer spec: megatron's local transformer layer with our core attention in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
+from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.schema import AttentionKind, TrainConfig
+
+_CORE_ATTENTION = {AttentionKind.phsa: PHSACoreAttention, AttentionKind.dense: DenseCoreAttention}
+
+
+def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
+    """Return the spec of one transformer layer of the recipe, with megatron's own norms.
+
+    Args:
+        config: the whole recipe; `model` and `attention` are read.
+        mtp_depth: 0 for a layer of the main stack, d for the layer of multi-token-prediction depth d.
+
+    Raises:
+        ConfigError: tensor parallelism would put the query heads of one key-value head on several processes,
+            where they could not share one selection of blocks.
+    """
+    if config.model.num_kv_heads % config.parallel.tensor_size:
+        raise ConfigError(
+            f"model.num_kv_heads={config.model.num_kv_heads} must be a multiple of "
+            f"parallel.tensor_size={config.parallel.tensor_size}: the query heads of a key-value head select "
+            "together and must be in one process"
+        )
+    spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_norm)
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=_CORE_ATTENTION[config.attention.kind],
+        params={"attention": config.attention, "mtp_depth": mtp_depth},
+    )
+    return spec

@@ -1,0 +1,75 @@
+"""The one place where a model is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from phsa_megatron.attention.spec import layer_spec
+from phsa_megatron.config.flops import padded_vocab_size
+from phsa_megatron.config.schema import Dtype, TrainConfig
+from phsa_megatron.model.norm import RMSNorm
+from phsa_megatron.model.transformer_config import transformer_config
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.parallel.mcore import mtp_block_spec
+
+
+def build_model(config: TrainConfig, groups: Groups) -> list[MegatronModule]:
+    """Return this process's model chunks, on its device: one, or one per virtual pipeline stage.
+
+    Every chunk is a GPTModel; with `run.dtype=bf16` megatron's Float16Module is around it. They are not yet
+    wrapped for data parallelism. Weights follow from `run.seed`, which `groups.initialize` has set.
+
+    Raises:
+        ConfigError: the recipe asks for something that no layer here does; the message names the field.
+    """
+    num_chunks = config.parallel.virtual_pipeline_size
+    megatron_config = transformer_config(config)
+    stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
+    chunks = [_build_chunk(config, megatron_config, groups, stage).to(groups.device) for stage in stages]
+    if config.run.dtype == Dtype.bf16:
+        chunks = [Float16Module(megatron_config, chunk) for chunk in chunks]
+    return chunks
+
+
+def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_stage: int | None) -> GPTModel:
+    model = config.model
+    num_chunks = config.parallel.virtual_pipeline_size or 1
+    chunk = vp_stage or 0
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer(config)] * get_num_layers_to_build(megatron_config, vp_stage=vp_stage),
+        layer_norm=RMSNorm,
+    )
+    prediction = None
+    if model.mtp_num_layers:
+        prediction = mtp_block_spec(
+            megatron_config, lambda depth: _layer(config, depth), norm=RMSNorm, vp_stage=vp_stage
+        )
+    return GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
+        max_sequence_length=config.data.seq_len_tokens,
+        pre_process=groups.is_first_stage and chunk == 0,
+        post_process=groups.is_last_stage and chunk == num_chunks - 1,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+        mtp_block_spec=prediction,
+        pg_collection=groups.collection,
+        vp_stage=vp_stage,
+    )
+
+
+def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
+    """Return a layer's spec with our norm in all of its places."""
+    spec = layer_spec(config, mtp_depth)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.model.qk_norm:
+        heads = spec.submodules.self_attention.submodules
+        heads.q_layernorm = heads.k_layernorm = RMSNorm
+    return spec

@@ -1,0 +1,86 @@
+"""The schema as megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from phsa_megatron.config.schema import Dtype, Recompute, TrainConfig
+
+_TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    Recompute.none: {},
+    Recompute.selective: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    Recompute.full: {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+# These need Transformer Engine, apex or a compiler; the layers here are megatron's local ones, which have
+# none.
+_NO_FUSION = {
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+def transformer_config(config: TrainConfig) -> TransformerConfig:
+    """Return megatron's configuration of the recipe's model.
+
+    Weights are drawn on the CPU at full size and cut for tensor parallelism, so that they do not depend on
+    its size. The loss is a sum over tokens that is divided once by the global count, so that gradients do
+    not depend on how a batch is cut into micro-batches.
+    """
+    model, parallel = config.model, config.parallel
+    dtype = _TORCH_DTYPE[config.run.dtype]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_query_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        use_cpu_initialization=True,
+        mtp_num_layers=model.mtp_num_layers or None,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=parallel.tensor_size,
+        pipeline_model_parallel_size=parallel.pipeline_size,
+        context_parallel_size=parallel.context_size,
+        sequence_parallel=parallel.sequence_parallel,
+        **_virtual_stages(parallel.virtual_pipeline_size),
+        **_RECOMPUTE[parallel.recompute],
+        **_NO_FUSION,
+    )
+
+
+def _virtual_stages(size: int | None) -> dict[str, Any]:
+    if size is None:
+        return {}
+    # With batched sends, two stages of two chunks each exchange the wrong activations, without an error.
+    return {
+        "virtual_pipeline_model_parallel_size": size,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }

@@ -1,0 +1,282 @@
+"""Processes of a run: start, groups, seeds, and the few collectives that other rooms need.
+
+Nobody outside this room reads megatron's process-group globals.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from phsa_megatron.config.errors import ConfigError, DeviceError
+from phsa_megatron.config.schema import Device, TrainConfig
+from phsa_megatron.parallel import cpu_shim, mcore
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# How long the first process waits for the others to appear before it names those that are missing.
+START_TIMEOUT_S = 300.0
+# How long one collective may take. Loading data and compiling happen between collectives on every process at
+# about the same time, so that ten minutes of waiting means that a process is gone.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The place of this process among all processes of the run."""
+
+    rank: int
+    """Index among all processes."""
+    world_size: int
+    """Number of processes."""
+    data_rank: int
+    """Which share of the batch this process reads."""
+    data_size: int
+    """Into how many shares a batch is divided."""
+    is_first_stage: bool
+    """Whether this process holds the input embedding."""
+    is_last_stage: bool
+    """Whether this process computes the loss."""
+    device: torch.device
+    """Where its tensors live."""
+    collection: ProcessGroupCollection
+    """megatron's process groups."""
+
+    def any_true(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process. Every process must call it."""
+        votes = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over the processes that share this process's part of the model."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.collection.dp_cp)
+        return total
+
+    def sum_over_world(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over all processes."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """Return the last pipeline stage's `tensor` on all stages, which pass one of its shape and dtype."""
+        result = tensor.detach().clone()
+        pipeline = self.collection.pp
+        last = dist.get_process_group_ranks(pipeline)[-1]
+        dist.broadcast(result, src=last, group=pipeline)
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        # An all-reduce instead of dist.barrier: NCCL's barrier guesses the device.
+        self.any_true(False)
+
+    def close(self) -> None:
+        """Leave all groups. The process can initialize again afterwards."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def initialize(config: TrainConfig) -> Groups:
+    """Start the processes of a run and return this one's groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun and phsa-launch set them;
+    without RANK the run is this one process. Seeds every random generator and asks torch for deterministic
+    operations.
+
+    Raises:
+        ConfigError: the number of processes does not fit the recipe's layout; checked before any connection.
+        DeviceError: the device or a process of the run is missing, or megatron-core is an unsupported
+            version.
+    """
+    mcore.installed_version()
+    mcore.hide_known_notices()
+    rank, world_size = _read_rank()
+    _check_world_size(config, world_size)
+    device = _choose_device(config)
+    if config.run.num_threads > 0:
+        torch.set_num_threads(config.run.num_threads)
+    _ask_for_determinism(device)
+    _connect(rank, world_size, device)
+    _build_model_parallel(config)
+    _seed(config.run.seed)
+    return _describe(rank, world_size, device)
+
+
+def _read_rank() -> tuple[int, int]:
+    if "RANK" not in os.environ:
+        return 0, 1
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise DeviceError(
+            f"RANK={os.environ['RANK']} is set but {', '.join(missing)} is not: start processes with "
+            "torchrun or phsa-launch, or unset RANK to run one process"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _check_world_size(config: TrainConfig, world_size: int) -> None:
+    """Refuse a number of processes that the recipe did not ask for or that its layout cannot use."""
+    cluster, layout = config.cluster, config.parallel
+    expected = cluster.num_nodes * cluster.processes_per_node
+    if world_size != expected:
+        raise ConfigError(
+            f"cluster.num_nodes={cluster.num_nodes} x "
+            f"cluster.processes_per_node={cluster.processes_per_node} is {expected} processes, but "
+            f"{world_size} started. Start {expected} (torchrun --nproc-per-node "
+            f"{cluster.processes_per_node}, or phsa-launch), or change the recipe"
+        )
+    model_size = layout.tensor_size * layout.pipeline_size * layout.context_size
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tensor_size={layout.tensor_size} x parallel.pipeline_size={layout.pipeline_size} x "
+            f"parallel.context_size={layout.context_size} is {model_size} processes for one copy of the "
+            f"model; {world_size} processes do not divide into such copies. Use a multiple of {model_size}"
+        )
+
+
+def _choose_device(config: TrainConfig) -> torch.device:
+    if config.cluster.device == Device.cpu:
+        if not cpu_shim.is_installed():
+            raise DeviceError(
+                "cluster.device=cpu, but this process sees a GPU and megatron-core would use it: set "
+                "CUDA_VISIBLE_DEVICES= (empty), or use cluster.device=cuda"
+            )
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "cluster.device=cuda, but torch sees no CUDA device: use cluster.device=cpu, or install a CUDA "
+            "build of torch and a driver (phsa-train doctor says what is missing)"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise DeviceError(
+            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: "
+            f"cluster.processes_per_node={config.cluster.processes_per_node} must not exceed them"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _ask_for_determinism(device: torch.device) -> None:
+    """Same seed, same layout, same machine: same bits. On CUDA an operation that cannot promise it warns."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # Filling every new tensor with NaN finds bugs, but costs a pass over memory each time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _connect(rank: int, world_size: int, device: torch.device) -> None:
+    if world_size == 1:
+        # One process needs neither a port nor a file to find itself.
+        store: Store = HashStore()
+    else:
+        store = _meet(rank, world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _meet(rank: int, world_size: int) -> Store:
+    """Return the store that all processes share, once every one of them has signed it.
+
+    Raises:
+        DeviceError: a process did not appear in time; the message names it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent already serves a store at this address.
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        server = TCPStore(
+            address,
+            port,
+            world_size=world_size,
+            is_master=rank == 0 and not served_by_agent,
+            timeout=timedelta(seconds=START_TIMEOUT_S),
+            wait_for_workers=False,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise DeviceError(
+            f"process {rank} of {world_size} could not reach MASTER_ADDR={address} "
+            f"MASTER_PORT={port}: {error}"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"phsa/attempt_{attempt}", server)
+    signatures = [f"here/{other}" for other in range(world_size)]
+    store.set(signatures[rank], "1")
+    try:
+        store.wait(signatures, timedelta(seconds=START_TIMEOUT_S))
+    except (dist.DistError, RuntimeError) as error:
+        missing = [other for other in range(world_size) if not store.check([signatures[other]])]
+        raise DeviceError(
+            f"processes {missing} of {world_size} did not start within {START_TIMEOUT_S:.0f} s: look into "
+            f"their logs (WORLD_SIZE={world_size}, MASTER_ADDR={address}, MASTER_PORT={port})"
+        ) from error
+    return store
+
+
+def _build_model_parallel(config: TrainConfig) -> None:
+    from megatron.core import parallel_state
+
+    layout = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size,
+        context_parallel_size=layout.context_size,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT_S // 60),
+    )
+
+
+def _seed(seed: int) -> None:
+    """Seed python, numpy, torch and megatron's tracker, alike in every process.
+
+    Weights are drawn on the CPU at full size and then cut, so that the tensor-parallel size does not change
+    them.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _describe(rank: int, world_size: int, device: torch.device) -> Groups:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    collection: Any = ProcessGroupCollection.use_mpu_process_groups()
+    pipeline_rank, pipeline_size = collection.pp.rank(), collection.pp.size()
+    return Groups(
+        rank=rank,
+        world_size=world_size,
+        data_rank=collection.dp.rank(),
+        data_size=collection.dp.size(),
+        is_first_stage=pipeline_rank == 0,
+        is_last_stage=pipeline_rank == pipeline_size - 1,
+        device=device,
+        collection=collection,
+    )

@@ -1,0 +1,137 @@
+"""Everything that differs between megatron-core 0.16.1 and 0.19.2, except checkpoint calls.
+
+Checkpoint calls are in `mcore_checkpointing.py`. No other file reads a version or a signature of
+megatron-core.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+from phsa_megatron.config.errors import DeviceError
+
+OLDEST = (0, 16, 1)
+FIRST_UNKNOWN = (0, 20)
+
+# Arguments of a core attention's constructor that some supported version passes and that change nothing in
+# what it computes: `name` is a label for logs, `pp_layer_offset` is already part of `layer_number`.
+HARMLESS_ATTENTION_ARGUMENTS = frozenset({"name", "pp_layer_offset"})
+
+
+def installed_version() -> tuple[int, ...]:
+    """Return the version of megatron-core as numbers, without a suffix.
+
+    Raises:
+        DeviceError: megatron-core is not installed, or its version is not one this framework was tried with.
+    """
+    try:
+        text = version("megatron-core")
+    except PackageNotFoundError:
+        raise DeviceError(
+            "megatron-core is not installed; training needs it: pip install 'phsa-megatron[train]'"
+        ) from None
+    return parse_version(text)
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Return a supported megatron-core version as numbers, without a suffix.
+
+    Raises:
+        DeviceError: the version is outside of what this framework was tried with.
+    """
+    numbers: list[int] = []
+    for part in text.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    found = tuple(numbers)
+    if not OLDEST <= found < FIRST_UNKNOWN:
+        raise DeviceError(
+            f"megatron-core {text} is installed; supported are {'.'.join(map(str, OLDEST))} up to, not "
+            f"including, {'.'.join(map(str, FIRST_UNKNOWN))}: pip install 'megatron-core>=0.16.1,<0.20'"
+        )
+    return found
+
+
+def hide_known_notices() -> None:
+    """Hide what megatron-core says in every process about libraries and defaults that are known here.
+
+    `phsa-train doctor` lists optional libraries; a run need not.
+    """
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        # Its norm is replaced by model.norm.RMSNorm.
+        "Apex is not installed. Falling back to Torch Norm",
+        # Said of megatron's own default.
+        "full scope is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def mtp_block_spec(
+    transformer_config: Any,
+    layer_spec_at: Callable[[int], Any],
+    norm: type,
+    vp_stage: int | None,
+) -> Any | None:
+    """Return the spec of the multi-token-prediction block, or None where this process builds none of it.
+
+    Megatron puts the same layer at every depth; here every depth has its own layer, because the side
+    information of depth d is shifted by d tokens.
+
+    Args:
+        transformer_config: megatron's TransformerConfig.
+        layer_spec_at: the transformer layer's spec at a depth, from 1.
+        norm: class of the three norms of a depth.
+        vp_stage: model chunk of this pipeline stage, or None without virtual stages.
+    """
+    # Imported here so that versions can be asked for without megatron's seconds of import.
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    block = get_gpt_mtp_block_spec(
+        transformer_config, layer_spec_at(1), use_transformer_engine=False, vp_stage=vp_stage
+    )
+    if block is None:
+        return None
+    depths = [copy.copy(spec) for spec in block.layer_specs]
+    for depth, spec in enumerate(depths, start=1):
+        spec.submodules = copy.copy(spec.submodules)
+        # 0.16.1 calls the field transformer_layer, 0.19.2 mtp_model_layer.
+        field = "mtp_model_layer" if hasattr(spec.submodules, "mtp_model_layer") else "transformer_layer"
+        setattr(spec.submodules, field, layer_spec_at(depth))
+        spec.module = _recomputable(spec.module)
+        spec.submodules.enorm = spec.submodules.hnorm = spec.submodules.layer_norm = norm
+    block.layer_specs = depths
+    return block
+
+
+def _recomputable(layer: type) -> type:
+    """Return a prediction layer that can be recomputed while side information rides on packed_seq_params.
+
+    0.16.1 hands every argument to the checkpoint function, which accepts tensors only; later versions keep
+    the others in a closure, which is what this class adds.
+    """
+    original = layer._checkpointed_forward  # type: ignore[attr-defined]
+    if "forward_func" not in inspect.signature(original).parameters:
+        return layer
+
+    def _checkpointed_forward(self: Any, forward_func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        plain = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+        names = [name for name in kwargs if name not in plain]
+
+        def on_tensors(*tensors: Tensor) -> Any:
+            return forward_func(*args, **dict(zip(names, tensors, strict=True)), **plain)
+
+        return original(self, on_tensors, *(kwargs[name] for name in names))
+
+    return type("RecomputablePredictionLayer", (layer,), {"_checkpointed_forward": _checkpointed_forward})
