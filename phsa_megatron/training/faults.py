@@ -49,8 +49,8 @@ class Faults:
             match = re.fullmatch(r"(\w+)@([1-9]\d*)(?::(\d+))?", spec.strip())
             if match is None or match[1] not in KINDS:
                 raise ConfigError(
-                    f"{VARIABLE}={spec!r}: a fault is kind@step or kind@step:rank, with step at least 1 and kind "
-                    f"one of {', '.join(KINDS)}. Unset {VARIABLE} for a run without faults."
+                    f"{VARIABLE}={spec!r}: a fault is kind@step or kind@step:rank, with step at least 1 and "
+                    f"kind one of {', '.join(KINDS)}. Unset {VARIABLE} for a run without faults."
                 )
             if match[3] is None or int(match[3]) == rank:
                 planned.add((match[1], int(match[2])))

@@ -90,7 +90,7 @@ def install() -> bool:
         return False
     megatron_optimizer.Adam = GroupStepAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    # The three names below send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
+    # These three send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
     distrib_optimizer.Adam = GroupStepAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True

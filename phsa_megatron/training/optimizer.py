@@ -15,6 +15,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
 from phsa_megatron.config.derive import Derived, derive
 from phsa_megatron.config.errors import TrainingError
@@ -31,7 +32,7 @@ class Parts:
     """What a step changes, and what it needs to know."""
 
     model: list[DistributedDataParallel]
-    """The model chunks of this process (one, or one per virtual pipeline stage), wrapped for data parallelism."""
+    """The model chunks of this process (one, or one per virtual pipeline stage), in their DDP wrappers."""
     optimizer: ChainedOptimizer
     """AdamW over all chunks; with the distributed optimizer each data-parallel process holds a shard."""
     scheduler: OptimizerParamScheduler
@@ -55,11 +56,21 @@ class Parts:
         return bare
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yields the parameters of this process in model order; with several chunks, names start with the chunk."""
+        """Yields this process's parameters in model order; of several chunks, names start with the chunk."""
         for i, module in enumerate(self.modules):
             prefix = f"chunk{i}." if len(self.model) > 1 else ""
             for name, parameter in module.named_parameters():
                 yield prefix + name, parameter
+
+    def gradient_sums(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the fp32 gradient sums of this process's parameters, in model order.
+
+        After the backward pass they are reduced and divided by the number of tokens; with the distributed
+        optimizer only this process's shard of each is.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.main_grad  # type: ignore[attr-defined]  # megatron's DDP puts it there
 
     def zero_grad(self) -> None:
         """Clears the gradient sums before a step."""
@@ -93,11 +104,9 @@ def build_parts(config: TrainConfig, groups: Groups) -> Parts:
     for chunk in chunks:
         if not chunk.config.calculate_per_token_loss:
             raise TrainingError(
-                "the model was built with calculate_per_token_loss=False; the loss of a step is the mean over its "
-                "tokens, so the model factory must set it"
+                "the model was built with calculate_per_token_loss=False; the loss of a step is the mean "
+                "over its tokens, so the model factory must set it"
             )
-    if config.run.dtype is Dtype.bf16:
-        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
@@ -185,7 +194,7 @@ def set_hyperparameters(parts: Parts, consumed_sequences: int) -> float:
 
 
 def _connect_schedules(config: TrainConfig, model: list[DistributedDataParallel]) -> None:
-    """Tells megatron's forward-backward schedules how gradients are reduced (they read it from the model config)."""
+    """Tells megatron's schedules how gradients are reduced; they read it from the model's config."""
     model_config = model[0].config
     model_config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:

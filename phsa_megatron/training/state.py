@@ -32,8 +32,8 @@ class TrainState:
     """Seconds in the training loop, added up over restarts."""
     wandb_run_id: str | None = None
     """The one W&B run of this experiment; null while W&B is disabled."""
-    data_fingerprint: dict[str, str] = field(default_factory=dict)
-    """Identity of the data order, by split; a resume with another one is refused."""
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)
+    """All that determines the order of the training data; a resume with another one is refused."""
     skipped: list[tuple[int, int]] = field(default_factory=list)
     """Half-open ranges of sequences that the run passed over."""
     format_version: int = FORMAT_VERSION
@@ -57,8 +57,8 @@ class TrainState:
             raise CheckpointError(
                 f"training state has format_version {version!r}; this code reads {FORMAT_VERSION}"
                 + (f" (fields that differ: {', '.join(odd)})" if odd else "")
-                + ". Resume with the version of phsa-megatron that wrote the checkpoint, or start a new stage "
-                "from its weights with run.init_from."
+                + ". Resume with the version of phsa-megatron that wrote the checkpoint, or start a new "
+                "stage from its weights with run.init_from."
             )
         spans = [(int(first), int(end)) for first, end in values["skipped"]]
         return cls(**(values | {"skipped": spans}))

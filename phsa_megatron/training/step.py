@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, a look at the numbers, and only then new weights."""
+"""One optimizer step: micro-batches forward and backward, a look at the numbers, then new weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from phsa_megatron.attention.side_info import SelectionListener, SideInfo
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.data.batches import Batch
+from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.faults import Faults
 from phsa_megatron.training.optimizer import Parts, set_hyperparameters
-from phsa_megatron.training.prefetch import micro_batch_starts
 from phsa_megatron.training.state import TrainState
 
 _MAX_NAMES = 8
@@ -79,8 +79,24 @@ class NonFiniteStepError(TrainingError):
             lines.append(f"training sequences with a loss that is not finite: {self.sequences}")
         for rank, names in sorted(self.parameters.items()):
             if names:
-                lines.append(f"rank {rank}, gradients that are not finite, in model order: {', '.join(names)}")
+                lines.append(
+                    f"rank {rank}, gradients that are not finite, in model order: {', '.join(names)}"
+                )
         return "\n".join(lines)
+
+
+def micro_batch_starts(config: TrainConfig, groups: Groups, consumed_sequences: int) -> list[int]:
+    """Returns the first sequence of each micro-batch of this process in the step after `consumed_sequences`.
+
+    Micro-batches go round the data-parallel processes, so that step n has the same sequences whatever the
+    number of processes.
+    """
+    size = config.optim.micro_batch_sequences
+    num_micro_batches = config.optim.global_batch_sequences // (size * groups.data_size)
+    return [
+        consumed_sequences + (i * groups.data_size + groups.data_rank) * size
+        for i in range(num_micro_batches)
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,8 +149,9 @@ class ForwardStep:
             losses: nats per token, [b, S].
 
         Returns:
-            The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its sum
-            over micro-batches and data-parallel processes), and fp64 [2, b]: nats and tokens of each sequence.
+            The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its
+            sum over micro-batches and data-parallel processes), and fp64 [2, b]: nats and tokens of each
+            sequence.
         """
         losses = losses.float().view_as(loss_mask)
         if self.poisoned:
@@ -196,8 +213,8 @@ def train_step(
     parts.zero_grad()
     rows = forward_backward(parts, batches, forward_step, forward_only=False)
     if faults.happens("nan_grad", step):
-        _poison_gradient(parts)
-    loss_nats, num_tokens = _mean_loss(parts, rows)
+        poison_gradient(parts)
+    loss_nats, num_tokens = mean_loss(parts, rows)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
     if parts.groups.any_true(not (math.isfinite(loss_nats) and math.isfinite(grad_norm))):
@@ -212,7 +229,7 @@ def train_step(
     return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens)
 
 
-def _mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
+def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
     """Returns the loss over the global batch and its number of tokens, on every process."""
     totals = torch.zeros(2, dtype=torch.float64, device=parts.groups.device)
     if parts.groups.is_last_stage:
@@ -224,11 +241,7 @@ def _mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
 
 def bad_gradients(parts: Parts) -> list[str]:
     """Returns the parameters of this process whose gradient is not finite, in model order."""
-    return [
-        name
-        for name, parameter in parts.named_parameters()
-        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()
-    ]
+    return [name for name, gradient in parts.gradient_sums() if not torch.isfinite(gradient).all()]
 
 
 def _bad_parameters(parts: Parts) -> dict[int, list[str]]:
@@ -253,6 +266,7 @@ def _bad_sequences(parts: Parts, rows: list[Tensor], state: TrainState) -> list[
     return sorted({sequence for part in everyone for sequence in part})
 
 
-def _poison_gradient(parts: Parts) -> None:
-    parameters = [parameter for _, parameter in parts.named_parameters() if parameter.requires_grad]
-    parameters[len(parameters) // 2].main_grad.fill_(math.nan)
+def poison_gradient(parts: Parts) -> None:
+    """Has the injected fault `nan_grad`: the gradient of a weight in the middle of the model becomes NaN."""
+    gradients = [gradient for _, gradient in parts.gradient_sums()]
+    gradients[len(gradients) // 2].fill_(math.nan)

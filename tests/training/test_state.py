@@ -22,7 +22,7 @@ def test_state_goes_through_json_unchanged():
         consumed_tokens=700,
         wall_s=1.5,
         wandb_run_id="abc",
-        data_fingerprint={"train": "f00"},
+        data_fingerprint={"run.seed": 1, "data.sources.a.content": "f00"},
         skipped=[(4, 8)],
     )
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state

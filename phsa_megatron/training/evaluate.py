@@ -1,0 +1,175 @@
+"""Validation loss by domain, on the same sequences every time, without a trace in the training state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phsa_megatron.attention.punctuation import PunctuationTable
+from phsa_megatron.attention.selection_stats import SelectionRecorder
+from phsa_megatron.config.schema import AttentionKind, TrainConfig
+from phsa_megatron.data.batches import Batch, BatchReader
+from phsa_megatron.data.tokenizer import Tokenizer
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training.optimizer import Parts
+from phsa_megatron.training.state import capture_rng, restore_rng
+from phsa_megatron.training.step import ForwardStep, forward_backward
+
+_NATS_PER_BIT = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A summed cross-entropy, and what to divide it by."""
+
+    nats: float
+    """Sum over tokens."""
+    num_tokens: int
+    """Tokens with a loss."""
+    num_bytes: int
+    """UTF-8 bytes of text that those tokens stand for; the end of a document stands for none."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """Returns the mean cross-entropy."""
+        return self.nats / self.num_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Returns the bits needed per byte of text: comparable between tokenizers."""
+        return self.nats / _NATS_PER_BIT / self.num_bytes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found; equal on all processes."""
+
+    domains: dict[str, Loss]
+    """Loss of each domain that has a token."""
+    selection: dict[str, float]
+    """Selection statistics by metric name; empty for dense attention."""
+    seconds: float
+    """Wall time."""
+
+    @property
+    def total(self) -> Loss:
+        """Returns the loss over all domains' tokens."""
+        parts = self.domains.values()
+        return Loss(
+            sum(p.nats for p in parts), sum(p.num_tokens for p in parts), sum(p.num_bytes for p in parts)
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the values under their names in the metrics table."""
+        values = {"val/loss_nats": self.total.nats_per_token}
+        for domain, loss in self.domains.items():
+            values[f"val/{domain}/loss_nats"] = loss.nats_per_token
+            values[f"val/{domain}/bits_per_byte"] = loss.bits_per_byte
+        return values | self.selection | {"val/eval_s": self.seconds}
+
+
+class Evaluator:
+    """Evaluates on fixed sequences: the first `evaluate.num_sequences_per_domain` of each domain.
+
+    Args:
+        config: the run.
+        groups: process groups.
+        tokenizer: the run's tokenizer.
+        table: punctuation flags on the model's device.
+
+    Raises:
+        DataError: there is nothing to validate on.
+    """
+
+    def __init__(
+        self, config: TrainConfig, groups: Groups, tokenizer: Tokenizer, table: PunctuationTable
+    ) -> None:
+        self.reader = BatchReader(config, "valid", tokenizer)
+        self._config = config
+        self._groups = groups
+        self._table = table
+        self._bytes_of_token = torch.from_numpy(tokenizer.token_num_bytes())
+
+    def run(self, parts: Parts, should_leave: Callable[[], bool]) -> Evaluation | None:
+        """Evaluates the weights as they are.
+
+        Leaves the random generators, the model's mode, the optimizer and the position in the training data as
+        they were.
+
+        Args:
+            parts: what is evaluated.
+            should_leave: asked on all processes before each round of micro-batches; collective.
+
+        Returns:
+            The losses, or None if `should_leave` said so.
+        """
+        start_s = time.perf_counter()
+        domains = self.reader.order.domains
+        sums = torch.zeros(len(domains), 3, dtype=torch.float64, device=self._groups.device)
+        recorder = None
+        if self._config.attention.kind is AttentionKind.phsa:
+            recorder = SelectionRecorder()
+        # Dense layers do not read the number of selected blocks, which is 0 for them.
+        topk = parts.derived.topk_inference or self._config.attention.train_topk
+        forward_step = ForwardStep(self._config, self._table, topk, self._groups.device, recorder)
+        with _unchanged(parts):
+            for batch in self._rounds(should_leave):
+                if batch is None:
+                    return None
+                if batch:
+                    rows = forward_backward(parts, batch, forward_step, forward_only=True)
+                    self._add(sums, batch[0], rows)
+        sums = self._groups.from_last_stage(self._groups.sum_over_data(sums))
+        losses = {
+            domain: Loss(nats, int(num_tokens), int(num_bytes))
+            for domain, (nats, num_tokens, num_bytes) in zip(domains, sums.tolist(), strict=True)
+            if num_tokens
+        }
+        selection = {} if recorder is None else recorder.metrics(self._groups)
+        return Evaluation(losses, selection, time.perf_counter() - start_s)
+
+    def _rounds(self, should_leave: Callable[[], bool]) -> Iterator[list[Batch] | None]:
+        """Yields this process's micro-batch of each round (none if it has nothing left), or None to leave.
+
+        All processes go through the same number of rounds, because they agree on leaving in each.
+        """
+        size = self._config.evaluate.micro_batch_sequences
+        num_sequences = self.reader.num_sequences or 0
+        for round_start in range(0, num_sequences, size * self._groups.data_size):
+            if should_leave():
+                yield None
+                return
+            first = round_start + self._groups.data_rank * size
+            count = min(size, num_sequences - first)
+            yield [self.reader.micro_batch(first, count)] if count > 0 else []
+
+    def _add(self, sums: Tensor, batch: Batch, rows: list[Tensor]) -> None:
+        """Adds a micro-batch to the sums [domains, (nats, tokens, bytes)]; only the last stage has rows."""
+        if not rows:
+            return
+        num_bytes = (self._bytes_of_token[batch.labels] * (batch.loss_mask > 0)).sum(dim=1)
+        for i, domain in enumerate(batch.domains):
+            row = sums[self.reader.order.domains.index(domain)]
+            row[:2] += rows[0][:, i]
+            row[2] += int(num_bytes[i])
+
+
+@contextmanager
+def _unchanged(parts: Parts) -> Iterator[None]:
+    """Holds the model in evaluation mode without gradients, and puts back all that evaluation could touch."""
+    rng = capture_rng()
+    modes = [chunk.training for chunk in parts.model]
+    with parts.gathered_parameters(), torch.no_grad():
+        for chunk in parts.model:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, training in zip(parts.model, modes, strict=True):
+                chunk.train(training)
+            restore_rng(rng)

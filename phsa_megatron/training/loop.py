@@ -1,0 +1,133 @@
+"""The life of a run, from its first equation to its report. Read this page first.
+
+Who asks a run to leave (`touch RUN/exit`, SIGTERM, SIGUSR1) gets a committed checkpoint and a process that
+ends in good order; the same command goes on from there. `touch RUN/save` saves and goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.data.batches import Batch
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training.evaluate import Evaluation
+from phsa_megatron.training.finish import finish, write_report_if_asked
+from phsa_megatron.training.replay import write_replay
+from phsa_megatron.training.run import Progress, Run, open_run, read_ahead
+from phsa_megatron.training.state import capture_rng
+from phsa_megatron.training.step import NonFiniteStepError, StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended that did not fail."""
+
+    done: bool
+    """All steps are trained and summed up; otherwise the run was asked to leave and can go on."""
+    step: int
+    """Completed optimizer steps, all in a committed checkpoint."""
+    reason: str
+    """Why it ended, for people."""
+
+
+def train(config: TrainConfig, groups: Groups, progress: Progress | None = None) -> Outcome:
+    """Trains until `run.train_steps`, or until asked to leave.
+
+    Args:
+        config: the resolved settings.
+        groups: this process's place among all.
+        progress: kept up to date, for whoever reports a failure.
+
+    Returns:
+        How it ended; equal on all processes.
+
+    Raises:
+        PhsaError: it cannot go on; the message says why and what to do.
+    """
+    with open_run(config, groups, progress or Progress()) as run, read_ahead(run) as prefetcher:
+        run.console.start(run.state.step)
+        run.meter.start()
+        while run.state.step < config.run.train_steps and not run.asked.exit:
+            run.progress.step = run.state.step + 1
+            run.faults.at_step_start(run.progress.step)
+            batches = run.wait_for_batches(prefetcher)
+            if batches is None:
+                break
+            result = _step(run, batches)
+            _log(run, batches, result)
+            if _due(run, config.evaluate.every_steps):
+                evaluate(run)
+            run.poll()
+            if run.asked.save or _due(run, config.checkpoint.save_every_steps):
+                run.save()
+            run.checkpointer.poll()
+
+        run.save(must_succeed=True)
+        if run.state.step == config.run.train_steps:
+            evaluation = evaluate(run)
+            if evaluation is not None:
+                finish(run, evaluation)
+                return Outcome(True, run.state.step, "all steps are trained")
+        return _leave(run)
+
+
+def _step(run: Run, batches: list[Batch]) -> StepResult:
+    """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
+    run.progress.phase = "step"
+    rng = capture_rng()
+    try:
+        return train_step(run.parts, batches, run.table, run.state, run.faults)
+    except NonFiniteStepError as error:
+        # Raised on all processes together, so that they can still write a checkpoint together.
+        raise write_replay(run, error, rng) from error
+
+
+def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
+    run.progress.phase = "log"
+    run.meter.add(batches)
+    step = run.state.step
+    if step % run.config.monitoring.log_every_steps == 0 or step == run.config.run.train_steps:
+        values = run.meter.record(run, result)
+        run.recorder.log(step, values)
+        run.console.step(step, values)
+
+
+def _due(run: Run, every_steps: int) -> bool:
+    """Returns whether what happens every so many steps happens now; the last step has its own turn."""
+    step = run.state.step
+    return every_steps > 0 and step % every_steps == 0 and step < run.config.run.train_steps
+
+
+def evaluate(run: Run) -> Evaluation | None:
+    """Measures and logs the validation loss; returns None if the run was asked to leave meanwhile."""
+    run.progress.phase = "evaluate"
+    run.meter.stop(run.state)
+    evaluation = run.evaluator.run(run.parts, should_leave=lambda: run.poll().exit)
+    run.meter.start()
+    if evaluation is not None:
+        run.recorder.log(run.state.step, evaluation.metrics())
+        losses = "  ".join(
+            f"{domain} {loss.nats_per_token:.4f} nats/token {loss.bits_per_byte:.4f} bits/byte"
+            for domain, loss in evaluation.domains.items()
+        )
+        run.notify(
+            "evaluation",
+            f"validation at step {run.state.step}: {evaluation.total.nats_per_token:.4f} nats/token "
+            f"({losses})",
+            step=run.state.step,
+        )
+    return evaluation
+
+
+def _leave(run: Run) -> Outcome:
+    """Ends a run that was asked to leave; its checkpoint is committed already."""
+    step, steps = run.state.step, run.config.run.train_steps
+    reason = (
+        f"asked to leave by {run.asked.reason}: step {step} of {steps} is saved; start the same command "
+        "again to go on"
+    )
+    run.notify("stop_request", reason, step=step)
+    run.notify("end", f"left {run.folder.path} at step {step}", reason=reason, step=step)
+    write_report_if_asked(run)
+    return Outcome(False, step, reason)

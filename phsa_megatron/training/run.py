@@ -1,0 +1,326 @@
+"""A run that is open: everything the loop needs, built in one order and closed in the reverse."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from phsa_megatron.attention.punctuation import PunctuationTable
+from phsa_megatron.config.derive import Derived, derive
+from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import TrainConfig, WandbMode
+from phsa_megatron.data.batches import Batch, BatchReader
+from phsa_megatron.data.prefetch import Prefetcher
+from phsa_megatron.data.tokenizer import Tokenizer
+from phsa_megatron.monitoring.console import Console
+from phsa_megatron.monitoring.recorder import Recorder
+from phsa_megatron.monitoring.throughput import Throughput
+from phsa_megatron.monitoring.wandb_run import stable_run_id
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training import stages
+from phsa_megatron.training.checkpoint import Checkpointer, Notify
+from phsa_megatron.training.evaluate import Evaluator
+from phsa_megatron.training.faults import Faults
+from phsa_megatron.training.optimizer import Parts, build_parts
+from phsa_megatron.training.signals import StopRequest, StopSignals
+from phsa_megatron.training.state import TrainState
+from phsa_megatron.training.step import StepResult, micro_batch_starts
+
+
+@dataclass
+class Progress:
+    """Where this process is, for the record it leaves if it fails."""
+
+    step: int = 0
+    """Number of the step under way; 0 before the first."""
+    phase: str = "start"
+    """start, build, load, data, step, log, evaluate, save, finish."""
+
+
+@dataclass
+class Run:
+    """The open run of one process."""
+
+    config: TrainConfig
+    derived: Derived
+    groups: Groups
+    folder: RunFolder
+    recorder: Recorder
+    console: Console
+    stops: StopSignals
+    faults: Faults
+    progress: Progress
+    tokenizer: Tokenizer
+    table: PunctuationTable
+    train_reader: BatchReader
+    evaluator: Evaluator
+    parts: Parts
+    checkpointer: Checkpointer
+    state: TrainState
+    meter: Meter
+    notify: Notify
+    """Tells a person and the records what happened; on process 0."""
+    asked: StopRequest = field(default_factory=StopRequest)
+    """What was asked and not yet done; `save` is struck off by `save`, `exit` stays."""
+    data_hangs: bool = False
+    """This process left while a read of training data was still on its way."""
+
+    def poll(self) -> StopRequest:
+        """Looks for requests to save or leave, on all processes together, and returns what is still to do."""
+        new = self.stops.poll()
+        if new:
+            self.asked = StopRequest(self.asked.save or new.save, self.asked.exit or new.exit, new.reason)
+        return self.asked
+
+    def save(self, *, must_succeed: bool = False) -> None:
+        """Saves a checkpoint of the state as it is.
+
+        Raises:
+            CheckpointError: it failed, and must not (or not again).
+        """
+        self.progress.phase = "save"
+        start_s = time.perf_counter()
+        self.meter.stop(self.state)
+        self.checkpointer.save(self.parts, self.state, must_succeed=must_succeed)
+        self.asked = StopRequest(False, self.asked.exit, self.asked.reason)
+        self.recorder.log(self.state.step, {"checkpoint/save_s": time.perf_counter() - start_s})
+        self.meter.start()
+
+    def wait_for_batches(self, prefetcher: Prefetcher[int, list[Batch]]) -> list[Batch] | None:
+        """Returns this process's micro-batches of the next step, or None if the run shall leave instead.
+
+        No process starts the step before all have their data, so that each of them can still leave.
+        """
+        self.progress.phase = "data"
+        start_s = time.perf_counter()
+        batches: list[Batch] | None = None
+        try:
+            while True:
+                if batches is None:
+                    batches = _next_or_none(prefetcher)
+                if not self.groups.any_true(batches is None):
+                    return batches
+                if self.poll().exit:
+                    self.data_hangs = batches is None
+                    return None
+        finally:
+            self.meter.data_wait_s += time.perf_counter() - start_s
+
+
+class Meter:
+    """Adds up time, tokens and what else is reported per record, between two records.
+
+    Args:
+        throughput: turns seconds and tokens into speed.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+        self.data_wait_s = 0.0
+        self._num_overflow_tokens = 0
+        self._num_steps = 0
+        self._training_s = 0.0
+        self._since_s: float | None = None
+
+    def start(self) -> None:
+        """Starts the clock of training; a running one goes on."""
+        if self._since_s is None:
+            self._since_s = time.perf_counter()
+
+    def stop(self, state: TrainState) -> None:
+        """Stops the clock, and adds what it showed to the run's wall time."""
+        self._take(state)
+        self._since_s = None
+
+    def add(self, batches: list[Batch]) -> None:
+        """Counts one step."""
+        self._num_steps += 1
+        self._num_overflow_tokens += sum(batch.num_overflow_tokens for batch in batches)
+
+    def record(self, run: Run, result: StepResult) -> dict[str, float]:
+        """Returns the metrics of the steps since the last record, and begins the next. Collective."""
+        self._take(run.state)
+        speed = self.throughput.update(self._training_s, self._num_steps * run.derived.tokens_per_step)
+        overflow = torch.tensor(self._num_overflow_tokens, dtype=torch.int64, device=run.groups.device)
+        values = {
+            "train/loss_nats": result.loss_nats,
+            "optim/lr": result.lr,
+            "optim/grad_norm": result.grad_norm,
+            "optim/num_zeros": result.num_zeros,
+            "progress/consumed_tokens": run.state.consumed_tokens,
+            "perf/data_wait_s": self.data_wait_s,
+            "data/overflow_tokens": int(run.groups.sum_over_data(overflow).item()),
+            "memory/peak_gib": _peak_memory_gib(run.groups),
+            **speed,
+        }
+        self.data_wait_s, self._training_s, self._num_steps, self._num_overflow_tokens = 0.0, 0.0, 0, 0
+        return values
+
+    def _take(self, state: TrainState) -> None:
+        if self._since_s is not None:
+            now_s = time.perf_counter()
+            self._training_s += now_s - self._since_s
+            state.wall_s += now_s - self._since_s
+            self._since_s = now_s
+
+
+@contextmanager
+def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterator[Run]:
+    """Prints every derived number, then opens all parts of a run and fills them from where it starts.
+
+    The start is the newest committed checkpoint of the run folder; without one the weights of
+    `run.init_from`; without that, fresh weights. Which of them is a line on the console.
+
+    Raises:
+        PhsaError: something is missing, damaged or does not fit; the message says what to do.
+    """
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    derived = derive(config)
+    faults = Faults.from_environment(groups.rank)
+    console = Console(config, config.run.train_steps, rank=groups.rank)
+    recorder = Recorder(folder, config, derived, rank=groups.rank)
+
+    def notify(kind: str, text: str, **fields: Any) -> None:
+        console.message(text)
+        recorder.event(kind, text=text, **fields)
+
+    try:
+        throughput = Throughput(derived, consumed_tokens=0, peak_tflops=config.cluster.peak_tflops)
+        for line in [*derived.equations(), *throughput.equations()]:
+            console.message(line)
+        if faults.planned:
+            console.message(f"injected faults: {sorted(faults.planned)}")
+        progress.phase = "build"
+        tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
+        table = punctuation_table(config, tokenizer, groups)
+        train_reader = BatchReader(config, "train", tokenizer)
+        with StopSignals(folder, groups) as stops:
+            run = Run(
+                config=config,
+                derived=derived,
+                groups=groups,
+                folder=folder,
+                recorder=recorder,
+                console=console,
+                stops=stops,
+                faults=faults,
+                progress=progress,
+                tokenizer=tokenizer,
+                table=table,
+                train_reader=train_reader,
+                evaluator=Evaluator(config, groups, tokenizer, table),
+                parts=build_parts(config, groups),
+                checkpointer=Checkpointer(folder, config, groups, notify),
+                state=TrainState(),
+                meter=Meter(throughput),
+                notify=notify,
+            )
+            progress.phase = "load"
+            run.state = _starting_state(run)
+            run.meter = Meter(
+                Throughput(
+                    derived,
+                    consumed_tokens=run.state.consumed_sequences * config.data.seq_len_tokens,
+                    peak_tflops=config.cluster.peak_tflops,
+                )
+            )
+            yield run
+    except BaseException as error:
+        # No collectives from here on: the other processes may be gone, or wait somewhere else.
+        # And nothing that fails here, such as a full disk, may hide the error itself.
+        with suppress(TrainingError):
+            recorder.event(
+                "error", step=progress.step, phase=progress.phase, error=type(error).__name__, text=str(error)
+            )
+        raise
+    finally:
+        console.close()
+        recorder.close()
+
+
+def punctuation_table(config: TrainConfig, tokenizer: Tokenizer, groups: Groups) -> PunctuationTable:
+    """Returns the punctuation flags of the run's tokenizer, on the model's device."""
+    attention = config.attention
+    return PunctuationTable.build(
+        tokenizer.decoded_tokens(), attention.punctuation_match, attention.punctuation_language
+    ).to(groups.device)
+
+
+@contextmanager
+def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
+    """Reads the batches of the steps that are left, in a thread, a few steps ahead.
+
+    What a step gets is a pure function of its number; nothing that was read ahead belongs to a checkpoint.
+    """
+    batch = run.config.optim.global_batch_sequences
+    steps = range(run.state.step + 1, run.config.run.train_steps + 1)
+    consumed_before = {step: run.state.consumed_sequences + i * batch for i, step in enumerate(steps)}
+
+    def read(step: int) -> list[Batch]:
+        if run.faults.happens("hang_data", step):
+            time.sleep(float(10**6))
+        starts = micro_batch_starts(run.config, run.groups, consumed_before[step])
+        return [
+            run.train_reader.micro_batch(first, run.config.optim.micro_batch_sequences) for first in starts
+        ]
+
+    prefetcher = Prefetcher(read, steps, depth=2, poll=_give_up_waiting)
+    try:
+        yield prefetcher
+    finally:
+        if not run.data_hangs:  # else waiting for its thread would hang as well; it is a daemon
+            prefetcher.close()
+
+
+class _StillWaiting(Exception):
+    """The next batch is not there yet."""
+
+
+def _give_up_waiting() -> None:
+    raise _StillWaiting
+
+
+def _next_or_none(prefetcher: Prefetcher[int, list[Batch]]) -> list[Batch] | None:
+    """Returns the next batches if they come within a fraction of a second."""
+    try:
+        return next(prefetcher)
+    except _StillWaiting:
+        return None
+
+
+def _starting_state(run: Run) -> TrainState:
+    order = run.train_reader.order.ingredients
+    state = run.checkpointer.load_latest(run.parts, order)
+    if state is None:
+        state = TrainState(data_fingerprint=order)
+        if run.config.run.init_from is not None:
+            stages.init_from(run.config, run.parts, run.checkpointer)
+            run.notify("start_from", f"new stage: weights of {run.config.run.init_from}, all counters at 0")
+        else:
+            run.notify("start_from", f"starting from fresh weights, seed {run.config.run.seed}")
+    if run.config.monitoring.wandb.mode is not WandbMode.disabled and run.groups.rank == 0:
+        state.wandb_run_id = stable_run_id(run.folder.wandb_dir)
+    return state
+
+
+def _peak_memory_gib(groups: Groups) -> float:
+    if groups.device.type == "cuda":
+        num_bytes = torch.cuda.max_memory_allocated()
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+    peak = torch.tensor(num_bytes / 2**30, dtype=torch.float64, device=groups.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return float(peak.item())

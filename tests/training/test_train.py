@@ -1,0 +1,107 @@
+"""The training process as a process: exit codes, messages, several of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phsa_megatron.config.prepare_run import prepare_run_folder
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.monitoring.records import read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _start(config, num_processes=1, **environment):
+    """Runs a config in processes of its own, and returns (exit code, stdout, stderr) of each."""
+    folder = prepare_run_folder(config).folder
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    shared = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    if num_processes > 1:
+        shared |= {
+            "WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
+            env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    try:
+        results = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, results, strict=True)]
+
+
+def _curve(config, name="train/loss_nats"):
+    values = read_records(RunFolder.of(config).metrics_file).values_by_step
+    return [step[name] for step in values.values() if name in step]
+
+
+def test_a_failure_leaves_one_line_that_says_where(tiny_config):
+    config = tiny_config()
+    ((code, _, stderr),) = _start(config, PHSA_FAULT="nan_loss@2")
+    assert code == 1
+    assert "step 2 stopped before the weights changed" in stderr
+    assert "Traceback" not in stderr
+    (line,) = (RunFolder.of(config).logs_dir / "error_rank_00000.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["rank"], record["step"], record["phase"]) == (0, 2, "step")
+    assert record["host"] == socket.gethostname()
+    assert record["error"] == "TrainingError"
+
+
+def test_two_processes_train_like_one_and_leave_together(tiny_config):
+    """The signal reaches the second process only; both leave after the same step, and go on together."""
+    one = tiny_config(**{"run.name": "one"})
+    ((code, stdout, _),) = _start(one)
+    assert code == 0
+    assert "all steps are trained" in stdout
+
+    two = tiny_config(
+        **{"run.name": "two", "cluster.processes_per_node": 2, "optim.micro_batch_sequences": 1}
+    )
+    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@3:1")
+    assert [code for code, _, _ in stopped] == [0, 0], stopped
+    assert "asked to leave by SIGTERM: step 3 of 6 is saved" in stopped[0][1]
+    resumed = _start(two, num_processes=2)
+    assert [code for code, _, _ in resumed] == [0, 0], resumed
+    assert _curve(two) == pytest.approx(_curve(one), rel=1e-6)
+    assert _curve(two, "optim/grad_norm") == pytest.approx(_curve(one, "optim/grad_norm"), rel=1e-5)
+    assert _curve(two, "val/loss_nats") == pytest.approx(_curve(one, "val/loss_nats"), rel=1e-5)
+
+
+def test_a_settings_file_that_is_not_there_is_one_line(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "phsa_megatron.train", str(tmp_path / "config.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+    assert found.returncode == 1
+    assert "config.yaml" in found.stderr
+    assert "Traceback" not in found.stderr
