@@ -20,7 +20,7 @@ SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
 _CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--card"} | {
     color: f"--series-{number}" for number, color in enumerate(SERIES, start=1)
 }
-_MAX_POINTS = 400
+_MAX_POINTS = 800
 WIDE_INCHES = (9.6, 3.4)
 NARROW_INCHES = (5.2, 3.0)
 
@@ -108,8 +108,8 @@ def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> 
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if not curves.log_scale and max(_finite_values(curves.lines), default=0) >= 1000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if not curves.log_scale:
+            _format_values(axes, max(map(abs, _finite_values(curves.lines)), default=1))
         if len(curves.lines) > 1:
             axes.legend(loc="upper right", ncols=min(3, len(curves.lines)))
         return _to_svg(figure, curves.name)
@@ -142,7 +142,13 @@ def draw_layer_bars(name: str, layers: Sequence[int], shares: dict[str, Sequence
         return _to_svg(figure, name)
 
 
-def draw_heat_map(name: str, steps: Sequence[int], layers: Sequence[int], shares: Sequence[Sequence[float]]) -> str:
+def draw_heat_map(
+    name: str,
+    steps: Sequence[int],
+    layers: Sequence[int],
+    shares: Sequence[Sequence[float]],
+    inches: tuple[float, float] = NARROW_INCHES,
+) -> str:
     """Draw a share over time and layers.
 
     Args:
@@ -150,18 +156,19 @@ def draw_heat_map(name: str, steps: Sequence[int], layers: Sequence[int], shares
         steps: The evaluations, left to right, one column each.
         layers: Layer numbers, bottom to top.
         shares: `shares[layer][evaluation]`, fractions from 0 to 1, NaN where nothing was measured.
+        inches: Width and height of the drawing.
 
     Returns:
         An `<svg>` element with the map as an embedded picture.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _new_figure(NARROW_INCHES)
+        figure, axes = _new_figure(inches)
         percent = [[100 * share for share in row] for row in shares]
         image = axes.imshow(percent, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
         axes.grid(visible=False)
         for count, labels, set_ticks in (
-            (6, [EngFormatter(sep="")(step) for step in steps], axes.set_xticks),
-            (8, [str(layer) for layer in layers], axes.set_yticks),
+            (2 * inches[0], [EngFormatter(sep="")(step) for step in steps], axes.set_xticks),
+            (3 * inches[1], [str(layer) for layer in layers], axes.set_yticks),
         ):
             stride = math.ceil(len(labels) / count)
             set_ticks(range(0, len(labels), stride), labels[::stride])
@@ -209,7 +216,7 @@ def _new_figure(inches: tuple[float, float]) -> tuple[Figure, Axes]:
 def _draw_line(axes: Axes, line: Line, color: str) -> None:
     centers, means, smallest, largest = zip(*thin(line.steps, line.values), strict=True)
     if len(line.steps) > _MAX_POINTS:
-        axes.fill_between(centers, smallest, largest, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(centers, smallest, largest, color=color, alpha=0.3, linewidth=0.8)
     marker = "o" if line.marked or len(line.steps) == 1 else None
     axes.plot(centers, means, color=color, label=line.label, marker=marker, markersize=3.5)
 
@@ -219,13 +226,22 @@ def _draw_levels(axes: Axes, levels: dict[str, float]) -> None:
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             f"{label} {value:.3g}",
-            (0.005, value),
+            (1, value),
             xycoords=axes.get_yaxis_transform(),
             xytext=(0, 3),
             textcoords="offset points",
+            ha="right",
             color=MUTED,
             fontsize=8,
         )
+
+
+def _format_values(axes: Axes, largest: float) -> None:
+    """Write thousands as 12k and small numbers with one power of ten over the axis."""
+    if largest >= 1000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif largest < 0.1:
+        axes.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=False)
 
 
 def _cycle(count: int) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+from markupsafe import Markup
 
 from phsa_megatron.config.errors import DataError
+from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.yaml_file import read_yaml
 from phsa_megatron.monitoring.console import short_count, short_time
 from phsa_megatron.monitoring.metrics import lookup
 from phsa_megatron.monitoring.records import Records, read_records
@@ -68,31 +68,35 @@ def write_report(folder: RunFolder) -> Path:
         The path of the written `report.html`. It appears at once: a reader never sees half of it.
 
     Raises:
-        DataError: The configuration or the metrics are missing or damaged.
+        ConfigError: The configuration is missing or damaged.
+        DataError: The metrics are missing, or they or the summary are damaged.
     """
     data = read_run(folder)
     page = render(data)
-    path = Path(folder.report_file)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
-    return path
+    write_atomically(folder.report_file, page)
+    return folder.report_file
 
 
 def read_run(folder: RunFolder) -> RunData:
     """Read what the report shows.
 
     Raises:
-        DataError: The configuration or the metrics are missing or damaged.
+        ConfigError: The configuration is missing or damaged.
+        DataError: The metrics are missing, or they or the summary are damaged.
     """
-    # Plain YAML, not the schema: an older run whose settings have since been renamed still gets its report.
+    # The plain file, not the schema: an older run whose settings have since been renamed still gets its report.
+    config = read_yaml(folder.config_file).values
+    return RunData(config, read_records(folder.metrics_file), _read_summary(folder.summary_file))
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
     try:
-        config = yaml.safe_load(Path(folder.config_file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{folder.config_file} does not exist: is {folder.path} a run folder?") from error
-    summary_file = Path(folder.summary_file)
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else None
-    return RunData(config, read_records(Path(folder.metrics_file)), summary)
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): the file is damaged. Remove it to report without it.") from error
+    return summary
 
 
 def render(data: RunData) -> str:
@@ -127,8 +131,8 @@ def _shown(card: FigureCard) -> dict[str, Any]:
         "title": card.title,
         "note": card.note,
         "wide": card.wide_svg is not None,
-        "svg": jinja2.utils.markupsafe.Markup(card.svg),
-        "wide_svg": jinja2.utils.markupsafe.Markup(card.wide_svg or ""),
+        "svg": Markup(card.svg),
+        "wide_svg": Markup(card.wide_svg or ""),
     }
 
 
@@ -145,15 +149,17 @@ def _subtitle(config: dict[str, Any]) -> str:
 
 def _status(data: RunData) -> dict[str, str]:
     """Tell whether the run is over; a run without an end may be running or killed, which its files cannot tell."""
-    last_end = max((e.time for e in data.records.events_of("end")), default=0.0)
-    start = data.records.launches[-1].start_time if data.records.launches else math.inf
     if data.summary is not None:
         return {"kind": "finished", "text": "finished"}
-    if last_end >= start:
-        reason = data.records.events_of("end")[-1].fields.get("reason", "no reason given")
-        return {"kind": "stopped", "text": f"stopped: {reason}"}
-    last = f"last record {_utc(data.records.launches[-1].last_time)}" if data.records.launches else "no record yet"
-    return {"kind": "open", "text": f"unfinished, {last}"}
+    if not data.records.launches:
+        return {"kind": "open", "text": "no record yet"}
+    launch = data.records.launches[-1]
+    for event in reversed(data.records.events):
+        if event.time >= launch.start_time and event.kind == "error":
+            return {"kind": "failed", "text": f"failed: {event.fields.get('text', 'see the log')}"}
+        if event.time >= launch.start_time and event.kind == "end":
+            return {"kind": "stopped", "text": f"stopped: {event.fields.get('reason', 'no reason given')}"}
+    return {"kind": "open", "text": f"unfinished, last record {_utc(launch.last_time)}"}
 
 
 def _facts(data: RunData) -> list[Fact]:
@@ -171,9 +177,13 @@ def _facts(data: RunData) -> list[Fact]:
     tokens = records.last("progress/consumed_tokens")
     if tokens is not None:
         facts.append(Fact("Tokens", short_count(tokens), f"{tokens:,.0f}"))
-    wall_s = sum(launch.last_time - launch.start_time for launch in records.launches)
     num_launches = len(records.launches)
-    facts.append(Fact("Time", short_time(wall_s), "one launch" if num_launches == 1 else f"{num_launches} launches"))
+    launches = "one launch" if num_launches == 1 else f"{num_launches} launches"
+    if data.summary is not None and "wall_s" in data.summary:
+        facts.append(Fact("Time", short_time(data.summary["wall_s"]), f"training, {launches}"))
+    elif records.launches:
+        wall_s = sum(launch.last_time - launch.start_time for launch in records.launches)
+        facts.append(Fact("Time", short_time(wall_s), launches))
     _, speeds = records.series("perf/tokens_per_s")
     if speeds:
         facts.append(Fact("Speed", short_count(statistics.median(speeds)), "tokens/s, median"))
@@ -226,7 +236,8 @@ def _event_rows(records: Records) -> list[dict[str, str]]:
         if event.kind in {"sample", "baselines"}:
             continue
         fields = {key: value for key, value in event.fields.items() if key != "environment"}
-        text = ", ".join(f"{key} {value}" for key, value in fields.items())
+        words = [str(fields.pop("text"))] if "text" in fields else []
+        text = ", ".join(words + [f"{key} {value}" for key, value in fields.items()])
         step = "" if event.step is None else f"{event.step:,}"
         rows.append({"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text})
     return rows
@@ -251,16 +262,20 @@ def _utc(seconds: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run `phsa-train report RUN`.
+    """Run `phsa-train report RUN...`.
 
     Args:
-        argv: The arguments after `report`.
+        argv: The arguments after `report`: run folders.
 
     Returns:
         The exit code, 0.
+
+    Raises:
+        ConfigError: A folder's configuration is missing or damaged.
+        DataError: A folder's metrics are missing or damaged.
     """
-    parser = argparse.ArgumentParser(prog="phsa-train report", description="Write RUN/report.html.")
-    parser.add_argument("run", type=Path, help="a run folder, for example runs/phsa_demo_cpu")
-    arguments = parser.parse_args(argv)
-    print(write_report(RunFolder(arguments.run)))
+    parser = argparse.ArgumentParser(prog="phsa-train report", description="Write report.html into run folders.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, for example runs/phsa_demo_cpu")
+    for run in parser.parse_args(argv).runs:
+        print(write_report(RunFolder(run)))
     return 0

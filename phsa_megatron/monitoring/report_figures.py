@@ -9,6 +9,7 @@ from typing import Any
 
 from phsa_megatron.monitoring.metrics import METRICS
 from phsa_megatron.monitoring.plots import (
+    NARROW_INCHES,
     WIDE_INCHES,
     Curves,
     Line,
@@ -90,7 +91,7 @@ def _loss(records: Records, baselines: dict[str, float], restarts: list[int]) ->
         return None
     svgs = [
         draw_curves(Curves(f"loss-{size}", "nats/token", lines, baselines, restarts), inches)
-        for size, inches in (("narrow", (5.2, 3.4)), ("wide", WIDE_INCHES))
+        for size, inches in (("narrow", NARROW_INCHES), ("wide", WIDE_INCHES))
     ]
     note = "Cross-entropy per token."
     if baselines:
@@ -161,5 +162,9 @@ def _heat_map(records: Records) -> FigureCard | None:
         return None
     by_layer = [dict(zip(*records.series(name), strict=True)) for name in names.values()]
     shares = [[values.get(step, math.nan) for step in steps] for values in by_layer]
-    svg = draw_heat_map("selected-over-time", steps, list(names), shares)
-    return FigureCard("Selected share over time", "Attention probability on the selected blocks, at each evaluation.", svg)
+    svgs = [
+        draw_heat_map(f"selected-over-time-{size}", steps, list(names), shares, inches)
+        for size, inches in (("narrow", NARROW_INCHES), ("wide", WIDE_INCHES))
+    ]
+    note = "Attention probability on the selected blocks, at each evaluation."
+    return FigureCard("Selected share over time", note, *svgs)
