@@ -5,9 +5,9 @@ The file holds one JSON object a line, in the order they were written:
     {"step": 20, "time": 1764000000.0, "values": {"train/loss_nats": 5.1}}     values at a step
     {"event": "checkpoint_committed", "time": 1764000000.0, "step": 20, ...}   something that happened
 
-It is only ever appended to. A launch starts with a `start` event; what the launch logs at step s supersedes every
-value that earlier launches logged at step s or later: those steps were run again after the resume. Superseded
-records stay in the file, for whoever asks what the killed attempt saw.
+It is only ever appended to. A launch starts with a `start` event; what the launch logs at step s supersedes
+every value that earlier launches logged at step s or later: those steps were run again after the resume.
+Superseded records stay in the file, for whoever asks what the killed attempt saw.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float(
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened: its kind, its time (seconds since 1970), the step if there is one, other fields."""
+    """Something that happened: kind, time in seconds since 1970, step if there is one, other fields."""
 
     kind: str
     time: float
@@ -36,7 +36,7 @@ class Event:
 
 @dataclass
 class Launch:
-    """One start of the run's processes: its first and last record (seconds since 1970) and its first logged step."""
+    """One start of the run: when its first and last records were written, and its first logged step."""
 
     start_time: float
     last_time: float
@@ -84,8 +84,8 @@ def read_records(path: Path) -> Records:
         path: `metrics.jsonl` of a run folder.
 
     Returns:
-        What counts: see the module's page. A last line without a line end is still being written (or was torn by a
-        kill) and is left out.
+        What counts: see the module's page. A last line without a line end is still being written (or was
+        torn by a kill) and is left out.
 
     Raises:
         DataError: The file is missing, or a complete line is not a record.

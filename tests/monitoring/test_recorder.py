@@ -12,8 +12,8 @@ import pytest
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import MonitoringConfig, RunConfig, TrainConfig, WandbConfig, WandbMode
 from phsa_megatron.monitoring import recorder as recorder_module
-from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.monitoring.recorder import Recorder
+from phsa_megatron.monitoring.records import read_records
 
 
 @pytest.fixture

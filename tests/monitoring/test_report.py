@@ -54,9 +54,11 @@ def test_a_finished_run_shows_everything_a_person_asks_for(finished_run):
     for text in (
         "phsa_demo_cpu", "finished", "PHSA, blocks of 16, top-2, init 16 + local 32", "8 layers, width 192",
         "0.62 × unigram entropy", "0:05:27", "2 launches", "Dotted verticals: restarts",
-        "Loss", "Validation by domain, nats", "Validation by domain, bits per byte", "Learning rate", "Gradient norm",
-        "Speed", "Selected share by layer", "Selected share over time", "unigram 6.42", "bigram 5.31",
-        "话说天下大势，", "分久必合", "checkpoint committed", "all steps are trained", "train_topk", "sources.english.weight",
+        "Loss", "Validation by domain, nats", "Validation by domain, bits per byte", "Learning rate",
+        "Gradient norm", "Speed", "Selected share by layer", "Selected share over time",
+        "unigram 6.42", "bigram 5.31",
+        "话说天下大势，", "分久必合", "checkpoint committed", "all steps are trained",
+        "train_topk", "sources.english.weight",
         "2.13.0", "not installed", "Norm of the gradient of all weights",
     ):  # fmt: skip
         assert text in said, text
