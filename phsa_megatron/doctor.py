@@ -346,5 +346,6 @@ def main(argv: list[str]) -> int:
         rows = [dataclasses.asdict(check) for check in checks]
         print(json.dumps({"cpu_run_works": works, "checks": rows}, indent=2))
     else:
-        render(checks, Console())
+        # In a log file there is no width to fit into; rich would assume 80 columns and fold every line.
+        render(checks, Console(width=None if sys.stdout.isatty() else 140))
     return 0 if works else 1

@@ -97,32 +97,36 @@ def read_records(path: Path) -> Records:
             f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
         ) from error
     records = Records()
-    this_launch: set[int] = set()
+    earlier_steps: list[int] = []
     for number, line in enumerate(lines, start=1):
         record = _parse(path, number, line)
         if record.get("event") == START_EVENT or not records.launches:
-            this_launch.clear()
+            earlier_steps = sorted(records.values_by_step)
             records.launches.append(Launch(record["time"], record["time"]))
         records.launches[-1].last_time = record["time"]
         if "event" in record:
             records.events.append(_event(record))
         else:
-            _take_values(records, record, this_launch)
+            _take_values(records, record, earlier_steps)
     records.values_by_step = dict(sorted(records.values_by_step.items()))
     return records
 
 
-def _take_values(records: Records, record: dict[str, Any], this_launch: set[int]) -> None:
-    """Merge one values record, dropping what earlier launches logged at its step or later."""
-    step = record["step"]
-    if step not in this_launch:
-        stale = [s for s in records.values_by_step if s >= step and s not in this_launch]
-        for stale_step in stale:
-            del records.values_by_step[stale_step], records.time_by_step[stale_step]
-        records.num_superseded_steps += len(stale)
-        this_launch.add(step)
-        if records.launches[-1].first_step is None:
-            records.launches[-1].first_step = step
+def _take_values(records: Records, record: dict[str, Any], earlier_steps: list[int]) -> None:
+    """Merge one values record, dropping what earlier launches logged at its step or later.
+
+    Args:
+        records: What was read so far.
+        record: The record.
+        earlier_steps: Steps that only earlier launches logged, ascending; shortened by what is dropped.
+    """
+    step, launch = record["step"], records.launches[-1]
+    while earlier_steps and earlier_steps[-1] >= step:
+        stale = earlier_steps.pop()
+        del records.values_by_step[stale], records.time_by_step[stale]
+        records.num_superseded_steps += 1
+    if launch.first_step is None:
+        launch.first_step = step
     values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
     records.values_by_step.setdefault(step, {}).update(values)
     records.time_by_step[step] = record["time"]

@@ -108,10 +108,10 @@ def unfinished_run(tmp_path):
     return folder
 
 
-@pytest.fixture
-def finished_run(tmp_path):
-    """The same run to its end, with baselines, samples and a summary."""
-    folder = RunFolder(tmp_path / "phsa_demo_cpu")
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The same run to its end, with baselines, samples and a summary; tests only read it."""
+    folder = RunFolder(tmp_path_factory.mktemp("finished") / "phsa_demo_cpu")
     folder.path.mkdir()
     write_atomically(folder.config_file, CONFIG)
     lines, clock, noise = [], Clock(), random.Random(7)
