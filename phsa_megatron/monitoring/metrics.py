@@ -42,7 +42,7 @@ class Metric:
         return self._pattern().fullmatch(name) is not None
 
     def capture(self, name: str) -> str | None:
-        """Return what stands at the row's placeholder in `name`, None if there is no match or no placeholder."""
+        """Return what stands at the row's placeholder in `name`, None without a match or a placeholder."""
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
@@ -68,7 +68,9 @@ METRICS: dict[str, Metric] = {
             "sum since step 0 over all processes",
             "Tokens trained on since the start of the run, restarts included.",
         ),
-        Metric("progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."),
+        Metric(
+            "progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."
+        ),
         Metric("train/loss_nats", "nats/token", _TOKEN_MEAN, "Next-token cross-entropy of the step's batch."),
         Metric(
             "train/mtp_<n>/loss_nats",
@@ -130,13 +132,13 @@ METRICS: dict[str, Metric] = {
             "attention/layer_<n>/selected_mass_frac",
             "fraction",
             _EVAL_MEAN,
-            "Share of the attention probability that lies on the selected (top-k) blocks, outside the init and "
-            "local windows, in layer n counted from 1.",
+            "Share of the attention probability that lies on the selected (top-k) blocks, outside the init "
+            "and local windows, in layer n counted from 1.",
         ),
         Metric(
             "attention/layer_<n>/attended_key_frac",
             "fraction",
-            _EVAL_MEAN,
+            "sum of keys over sum of keys, of the evaluated queries, heads and processes",
             "Keys attended to, over the keys that full causal attention would have seen, in layer n.",
         ),
         Metric(
@@ -195,8 +197,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full precision to "
-        "`metrics.jsonl` in the run folder, and from there to W&B, `report.html` and the console.",
+        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full "
+        "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",
         "|---|---|---|---|",

@@ -84,7 +84,8 @@ def read_run(folder: RunFolder) -> RunData:
         ConfigError: The configuration is missing or damaged.
         DataError: The metrics are missing, or they or the summary are damaged.
     """
-    # The plain file, not the schema: an older run whose settings have since been renamed still gets its report.
+    # The plain file, not the schema: an older run whose settings have since been renamed still gets its
+    # report.
     config = read_yaml(folder.config_file).values
     return RunData(config, read_records(folder.metrics_file), _read_summary(folder.summary_file))
 
@@ -95,7 +96,9 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): the file is damaged. Remove it to report without it.") from error
+        raise DataError(
+            f"{path} is not JSON ({error}): the file is damaged. Remove it to report without it."
+        ) from error
     return summary
 
 
@@ -144,11 +147,12 @@ def _subtitle(config: dict[str, Any]) -> str:
         kind += f", init {attention['init_tokens']} + local {attention['local_tokens']}"
     else:
         kind = f"{kind} attention"
-    return f"{kind} · {model['name']} ({model['num_layers']} layers, width {model['hidden_size']}) · {data['name']}"
+    shape = f"{model['num_layers']} layers, width {model['hidden_size']}"
+    return f"{kind} · {model['name']} ({shape}) · {data['name']}"
 
 
 def _status(data: RunData) -> dict[str, str]:
-    """Tell whether the run is over; a run without an end may be running or killed, which its files cannot tell."""
+    """Tell whether the run is over; without an end it runs or was killed, which its files cannot tell."""
     if data.summary is not None:
         return {"kind": "finished", "text": "finished"}
     if not data.records.launches:
@@ -200,7 +204,11 @@ def _samples(records: Records) -> list[dict[str, str]]:
     """Return prompt and continuation of the last samples taken, one for each prompt."""
     by_prompt = {event.fields["prompt"]: event for event in records.events_of("sample")}
     return [
-        {"prompt": prompt, "text": event.fields["text"], "step": "" if event.step is None else f"{event.step:,}"}
+        {
+            "prompt": prompt,
+            "text": event.fields["text"],
+            "step": "" if event.step is None else f"{event.step:,}",
+        }
         for prompt, event in by_prompt.items()
     ]
 
@@ -239,7 +247,9 @@ def _event_rows(records: Records) -> list[dict[str, str]]:
         words = [str(fields.pop("text"))] if "text" in fields else []
         text = ", ".join(words + [f"{key} {value}" for key, value in fields.items()])
         step = "" if event.step is None else f"{event.step:,}"
-        rows.append({"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text})
+        rows.append(
+            {"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text}
+        )
     return rows
 
 
@@ -274,7 +284,9 @@ def main(argv: list[str]) -> int:
         ConfigError: A folder's configuration is missing or damaged.
         DataError: A folder's metrics are missing or damaged.
     """
-    parser = argparse.ArgumentParser(prog="phsa-train report", description="Write report.html into run folders.")
+    parser = argparse.ArgumentParser(
+        prog="phsa-train report", description="Write report.html into run folders."
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, for example runs/phsa_demo_cpu")
     for run in parser.parse_args(argv).runs:
         print(write_report(RunFolder(run)))
