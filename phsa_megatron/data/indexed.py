@@ -68,7 +68,8 @@ class IndexedSource:
 
     def tokens(self, document: int, first: int = 0, count: int | None = None) -> np.ndarray:
         """Return ids of a document from token `first` on: [count], in the file's dtype, read-only."""
-        return self._dataset.get(document, offset=first, length=count)
+        tokens: np.ndarray = self._dataset.get(document, offset=first, length=count)
+        return tokens
 
     def verify_content(self) -> None:
         """Read both files whole and compare their hashes with the .json file.
