@@ -45,7 +45,9 @@ def make_set(tokenizer_file: Path) -> Callable[[Path, Sequence[str]], Path]:
 
 @pytest.fixture(scope="session")
 def mixture(
-    tmp_path_factory: pytest.TempPathFactory, make_set: Callable[[Path, Sequence[str]], Path], tokenizer_file: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    make_set: Callable[[Path, Sequence[str]], Path],
+    tokenizer_file: Path,
 ) -> Callable[[], TrainConfig]:
     """A function that returns a fresh configuration over two sources in two domains, sequences of 32 tokens."""
     folder = tmp_path_factory.mktemp("sets")

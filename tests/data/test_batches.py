@@ -76,7 +76,13 @@ def test_dtypes_and_shapes_are_those_of_the_contract(mixture):
     assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == batch.position_ids.shape == (2, S)
+    assert (
+        batch.tokens.shape
+        == batch.labels.shape
+        == batch.loss_mask.shape
+        == batch.position_ids.shape
+        == (2, S)
+    )
     assert batch.cu_seqlens.shape == (2 * 8 + 1,)
     assert len(batch.domains) == len(batch.pieces) == len(batch.sources) == 2
 

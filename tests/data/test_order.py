@@ -73,7 +73,9 @@ def change_sources(config) -> None:
         (change_sources, "data.sources.small.content: sha256 "),
     ],
 )
-def test_what_changes_the_order_changes_the_fingerprint_and_is_named_with_its_consequence(mixture, change, key):
+def test_what_changes_the_order_changes_the_fingerprint_and_is_named_with_its_consequence(
+    mixture, change, key
+):
     saved = SequenceOrder(mixture(), "train")
     config = mixture()
     change(config)
@@ -89,7 +91,10 @@ def test_what_changes_the_order_changes_the_fingerprint_and_is_named_with_its_co
 
 def test_equal_ingredients_have_no_mismatch(mixture):
     saved = SequenceOrder(mixture(), "train").ingredients
-    assert describe_mismatch(json.loads(json.dumps(saved)), SequenceOrder(mixture(), "train").ingredients) is None
+    assert (
+        describe_mismatch(json.loads(json.dumps(saved)), SequenceOrder(mixture(), "train").ingredients)
+        is None
+    )
 
 
 def test_tokens_are_those_of_the_documents_that_the_pieces_name(mixture):

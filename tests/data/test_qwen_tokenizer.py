@@ -35,7 +35,17 @@ def test_it_has_151669_ids_and_qwen3s_special_ones_in_their_places(qwen):
 
 @pytest.mark.parametrize(
     ("text", "token_id"),
-    [(".", 13), (",", 11), ("!", 0), ("?", 30), (";", 26), ("\n\n", 271), (" .", 659), (" ,", 1154), ("),", 701)]
+    [
+        (".", 13),
+        (",", 11),
+        ("!", 0),
+        ("?", 30),
+        (";", 26),
+        ("\n\n", 271),
+        (" .", 659),
+        (" ,", 1154),
+        ("),", 701),
+    ]
     + [("。", 1773), ("，", 3837), ("！", 6313), ("？", 11319), ("：", 5122), ("、", 5373), ("。\n\n", 3407)],
 )
 def test_punctuation_has_the_ids_that_qwen_gives_it(qwen, text, token_id):

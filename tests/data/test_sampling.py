@@ -79,7 +79,9 @@ def test_weights_are_relative():
     ]
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 3.0}, {"a": 5.0, "b": 0.001, "c": 1.7, "d": 0.3}])
+@pytest.mark.parametrize(
+    "weights", [{"a": 1.0}, {"a": 1.0, "b": 3.0}, {"a": 5.0, "b": 0.001, "c": 1.7, "d": 0.3}]
+)
 def test_the_mixture_keeps_its_shares_at_every_length(weights):
     mixed = order(weights)
     counts: Counter[str] = Counter()
@@ -174,7 +176,9 @@ def test_validation_never_repeats_a_token_and_empties_what_is_missing():
         sequence = fixed.sequence(number)
         assert sequence.domain == ("x" if number < 50 else "y")
         tokens = [
-            (sequence.source, p.document, p.first_token + i) for p in sequence.pieces for i in range(p.num_tokens)
+            (sequence.source, p.document, p.first_token + i)
+            for p in sequence.pieces
+            for i in range(p.num_tokens)
         ]
         labels.update(tokens[1:])
     assert set(labels.values()) == {1}
