@@ -1,0 +1,1 @@
+"""Tokenizer, corpus preparation, indexed sets, the order of sequences, and batches."""
