@@ -108,8 +108,8 @@ def _train(argv: list[str]) -> int:
     if arguments.config is not None:
         if arguments.overrides or arguments.recipes_dir:
             raise ConfigError(
-                f"--config={arguments.config} holds every setting and takes no other argument; to change one, "
-                "give recipe=NAME and the changed KEY=VALUE instead"
+                f"--config={arguments.config} holds every setting and takes no other argument; "
+                "to change one, give recipe=NAME and the changed KEY=VALUE instead"
             )
         return _start(_resolved_run(arguments.config), arguments.config)
     from phsa_megatron.config.compose import compose
@@ -192,7 +192,7 @@ def _elsewhere(module: str, function: str = "main") -> Callable[[list[str]], int
 def _explain(argv: list[str]) -> int:
     parser = _parser(
         "explain",
-        "Print a setting: value, unit, meaning, who set it, what was derived from it; or a group's settings.\n\n"
+        "Print a setting: value, unit, meaning, who set it, what follows from it; or a group's settings.\n\n"
         "  phsa-train explain attention.train_topk recipe=phsa_demo_cpu\n"
         "  phsa-train explain optim",
     )

@@ -81,6 +81,11 @@ def free_port() -> int:
     return port
 
 
+def _become(command: list[str], variables: dict[str, str]) -> NoReturn:
+    """Replace this process, so that signals and the exit code are torchrun's own."""
+    os.execvpe(command[0], command, {**os.environ, **variables})
+
+
 def _launch(overrides: list[str], recipes_dir: Path | None, dry_run: bool) -> int:
     config = compose(overrides, recipes_dir).config
     validate(config)
@@ -111,11 +116,6 @@ def _launch(overrides: list[str], recipes_dir: Path | None, dry_run: bool) -> in
     print(f"command: {' '.join(shown)}")
     sys.stdout.flush()
     _become(command, variables)
-
-
-def _become(command: list[str], variables: dict[str, str]) -> NoReturn:
-    """Replace this process, so that signals and the exit code are torchrun's own."""
-    os.execvpe(command[0], command, {**os.environ, **variables})
 
 
 if __name__ == "__main__":

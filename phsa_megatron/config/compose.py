@@ -22,7 +22,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from phsa_megatron.config import check_keys, keys
@@ -76,7 +76,9 @@ class Tree:
 
     def missing(self) -> list[str]:
         """Return the required keys that nobody gave, in the order of the schema."""
-        absent = OmegaConf.missing_keys(self.tree)
+        values = OmegaConf.to_container(self.tree)
+        assert isinstance(values, dict)
+        absent = {key for key, value in leaves({str(k): v for k, v in values.items()}) if value == MISSING}
         return [key for key in self.provenance if key in absent]
 
 

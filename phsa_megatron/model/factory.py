@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from phsa_megatron.attention.spec import layer_spec
+from phsa_megatron.config.flops import padded_vocab_size
 from phsa_megatron.config.schema import Dtype, TrainConfig
 from phsa_megatron.model.norm import RMSNorm
 from phsa_megatron.model.transformer_config import transformer_config
@@ -51,7 +52,7 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
     return GPTModel(
         config=megatron_config,
         transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(config),
+        vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
         max_sequence_length=config.data.seq_len_tokens,
         pre_process=groups.is_first_stage and chunk == 0,
         post_process=groups.is_last_stage and chunk == num_chunks - 1,
@@ -72,9 +73,3 @@ def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
         heads = spec.submodules.self_attention.submodules
         heads.q_layernorm = heads.k_layernorm = RMSNorm
     return spec
-
-
-def padded_vocab_size(config: TrainConfig) -> int:
-    """Return the rows of the embedding: the vocabulary, padded so that every process holds equally many."""
-    multiple = config.model.vocab_pad_multiple * config.parallel.tensor_size
-    return -(-config.model.vocab_size // multiple) * multiple

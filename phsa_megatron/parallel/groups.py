@@ -5,6 +5,7 @@ Nobody outside this room reads megatron's process-group globals.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ START_TIMEOUT_S = 300.0
 # How long one collective may take. Loading data and compiling happen between collectives on every process at
 # about the same time, so that ten minutes of waiting means that a process is gone.
 COLLECTIVE_TIMEOUT_S = 600.0
+
+_starts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,9 @@ def _check_world_size(config: TrainConfig, world_size: int) -> None:
     if world_size != expected:
         raise ConfigError(
             f"cluster.num_nodes={cluster.num_nodes} x "
-            f"cluster.processes_per_node={cluster.processes_per_node} is {expected} processes, but {world_size} "
-            f"started. Start {expected} (torchrun --nproc-per-node {cluster.processes_per_node}, or phsa-launch), "
-            "or change the recipe"
+            f"cluster.processes_per_node={cluster.processes_per_node} is {expected} processes, but "
+            f"{world_size} started. Start {expected} (torchrun --nproc-per-node "
+            f"{cluster.processes_per_node}, or phsa-launch), or change the recipe"
         )
     model_size = layout.tensor_size * layout.pipeline_size * layout.context_size
     if world_size % model_size:
@@ -224,7 +227,8 @@ def _meet(rank: int, world_size: int) -> Store:
             f"MASTER_PORT={port}: {error}"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"phsa/attempt_{attempt}", server)
+    # A prefix of its own for every start: what an earlier one left in the store would be taken for news.
+    store = PrefixStore(f"phsa/attempt_{attempt}/start_{next(_starts)}", server)
     signatures = [f"here/{other}" for other in range(world_size)]
     store.set(signatures[rank], "1")
     try:
