@@ -12,7 +12,6 @@ from phsa_megatron.config import keys
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import TrainConfig
-from phsa_megatron.config.validate import validate
 from phsa_megatron.config.yaml_file import leaves
 
 
@@ -22,15 +21,25 @@ def dependents(config: TrainConfig, key: str) -> dict[str, Any]:
     Nothing is declared by hand, so the answer cannot go stale: it holds for this very configuration. A value
     that no tried change moves (`attention.train_topk` under dense attention) is not in the answer.
     """
-    before = _values(config)
+    now = _values(config)
     touched: set[str] = set()
-    for changed in _variants(config, key):
-        try:
-            after = _values(changed)
-        except (ArithmeticError, ConfigError):
-            continue  # this variant makes no sense; the others speak
-        touched |= {name for name in before if before[name] != after.get(name)}
-    return {name: value for name, value in before.items() if name in touched}
+    for base in (config, _with_many_processes(config)):
+        before = _values(base)
+        for changed in _variants(base, key):
+            try:
+                after = _values(changed)
+            except ArithmeticError:
+                continue  # this variant makes no sense; the others speak
+            touched |= {name for name in before if before[name] != after.get(name)}
+    return {name: value for name, value in now.items() if name in touched}
+
+
+def _with_many_processes(config: TrainConfig) -> TrainConfig:
+    """Return a larger run of the same model: with one process, parallel sizes could not change at all."""
+    larger = copy.deepcopy(config)
+    larger.cluster.processes_per_node *= 64
+    larger.optim.global_batch_sequences *= 64
+    return larger
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
@@ -40,28 +49,18 @@ def _values(config: TrainConfig) -> dict[str, Any]:
 
 
 def _variants(config: TrainConfig, key: str) -> Iterator[TrainConfig]:
-    """Yield configurations that differ in one setting, the valid ones first."""
+    """Yield configurations that differ in one setting."""
     field = keys.find(key)
     if field is None:
         raise ConfigError(f"unknown key '{key}'.{keys.suggest_key(key)}")
     *path, name = key.split(".")
-    made = []
     for value in _other_values(_get(config, key), field):
         changed = copy.deepcopy(config)
         target: Any = changed
         for part in path:
             target = target[part] if isinstance(target, dict) else getattr(target, part)
         setattr(target, name, value)
-        made.append(changed)
-    yield from sorted(made, key=lambda variant: not _is_valid(variant))
-
-
-def _is_valid(config: TrainConfig) -> bool:
-    try:
-        validate(config)
-    except ConfigError:
-        return False
-    return True
+        yield changed
 
 
 def _get(config: TrainConfig, key: str) -> Any:

@@ -59,8 +59,9 @@ def _batch(config: TrainConfig, derived: Derived) -> list[str]:
         f"learning-rate warm-up = {optim.warmup_steps:,} steps x {batch:,} sequences = "
         f"{derived.warmup_sequences:,} sequences",
         decay,
-        f"document boundaries per sequence = {derived.max_documents_per_sequence:,}"
-        + ("" if config.data.max_documents_per_sequence is not None else f" = {length:,} tokens / 16"),
+        "document boundaries per sequence = "
+        + ("" if config.data.max_documents_per_sequence is not None else f"{length:,} tokens / 16 = ")
+        + f"{derived.max_documents_per_sequence:,}",
     ]
 
 
