@@ -11,19 +11,25 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.monitoring.metrics import lookup
 from phsa_megatron.monitoring.records import START_EVENT
 from phsa_megatron.monitoring.wandb_run import WandbRun, start_wandb
 
-if TYPE_CHECKING:
-    from phsa_megatron.config.derive import Derived
-    from phsa_megatron.config.run_folder import RunFolder
-
-_RECORDED_PACKAGES = ("phsa-megatron", "torch", "megatron-core", "triton", "transformer-engine", "numpy", "tokenizers")
+_RECORDED_PACKAGES = (
+    "phsa-megatron",
+    "torch",
+    "megatron-core",
+    "triton",
+    "transformer-engine",
+    "numpy",
+    "tokenizers",
+)
 
 
 class Recorder:
@@ -47,12 +53,12 @@ class Recorder:
             TrainingError: The metrics file cannot be written.
             DeviceError: W&B is asked for and not installed, or online without a login.
         """
-        self._path = Path(folder.metrics_file)
+        self._path = folder.metrics_file
         self._descriptor: int | None = None
         self._wandb: WandbRun | None = None
         if rank != 0:
             return
-        self._wandb = start_wandb(config, derived, Path(folder.wandb_dir))
+        self._wandb = start_wandb(config, derived, folder.wandb_dir)
         self._descriptor, torn_bytes = _open_for_append(self._path)
         torn = {"torn_bytes_removed": torn_bytes} if torn_bytes else {}
         self.event(START_EVENT, environment=environment(), **torn)
@@ -80,20 +86,25 @@ class Recorder:
         if self._wandb is not None:
             self._wandb.log(step, values)
 
-    def event(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
+    def event(self, kind: str, /, *, step: int | None = None, **fields: Any) -> None:
         """Record that something happened.
 
         Args:
             kind: What happened. The report knows `start`, `resume`, `checkpoint_requested`, `checkpoint_committed`,
                 `stop_request`, `evaluation`, `baselines` (`unigram_entropy_nats`, `bigram_entropy_nats`), `sample`
-                (`prompt`, `text`) and `end` (`reason`), and lists any other kind with its fields.
+                (`prompt`, `text`), `error` (`text`) and `end` (`reason`), and lists any other kind with its fields.
             step: Optimizer steps done at that moment, if there is such a number.
             **fields: JSON values.
 
         Raises:
             TypeError: A field is not a JSON value.
+            ValueError: A field is called `event` or `time`, which every event has.
             TrainingError: The record cannot be written.
         """
+        if taken := fields.keys() & {"event", "time"}:
+            raise ValueError(
+                f"an event's field cannot be called {', '.join(sorted(taken))}: every event has its own"
+            )
         if self._descriptor is None:
             return
         where = {} if step is None else {"step": step}

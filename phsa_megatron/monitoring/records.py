@@ -35,6 +35,15 @@ class Event:
 
 
 @dataclass
+class Launch:
+    """One start of the run's processes: its first and last record (seconds since 1970) and its first logged step."""
+
+    start_time: float
+    last_time: float
+    first_step: int | None = None
+
+
+@dataclass
 class Records:
     """A metrics file after superseding."""
 
@@ -44,10 +53,10 @@ class Records:
     """When a step's last record was written, seconds since 1970."""
     events: list[Event] = field(default_factory=list)
     """All events of all launches in the order they happened."""
+    launches: list[Launch] = field(default_factory=list)
+    """The starts of the run, in order."""
     num_superseded_steps: int = 0
     """Recorded steps that a later launch ran again."""
-    last_time: float | None = None
-    """When the last line was written, seconds since 1970."""
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which `name` was recorded and its values."""
@@ -84,15 +93,18 @@ def read_records(path: Path) -> Records:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: no metrics were recorded there. Is it a run folder?") from error
+        raise DataError(
+            f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
+        ) from error
     records = Records()
     this_launch: set[int] = set()
     for number, line in enumerate(lines, start=1):
         record = _parse(path, number, line)
-        records.last_time = record["time"]
+        if record.get("event") == START_EVENT or not records.launches:
+            this_launch.clear()
+            records.launches.append(Launch(record["time"], record["time"]))
+        records.launches[-1].last_time = record["time"]
         if "event" in record:
-            if record["event"] == START_EVENT:
-                this_launch.clear()
             records.events.append(_event(record))
         else:
             _take_values(records, record, this_launch)
@@ -109,6 +121,8 @@ def _take_values(records: Records, record: dict[str, Any], this_launch: set[int]
             del records.values_by_step[stale_step], records.time_by_step[stale_step]
         records.num_superseded_steps += len(stale)
         this_launch.add(step)
+        if records.launches[-1].first_step is None:
+            records.launches[-1].first_step = step
     values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
     records.values_by_step.setdefault(step, {}).update(values)
     records.time_by_step[step] = record["time"]
@@ -123,8 +137,12 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}, line {number} is not JSON ({error}): the file is damaged. Mend or remove it.") from error
+        raise DataError(
+            f"{path}, line {number} is not JSON ({error}): the file is damaged. Mend or remove it."
+        ) from error
     is_values = isinstance(record, dict) and {"step", "values"} <= record.keys()
     if not (isinstance(record, dict) and "time" in record and (is_values or "event" in record)):
-        raise DataError(f"{path}, line {number} is JSON but no metrics record: {line[:80]!r}. Mend or remove it.")
+        raise DataError(
+            f"{path}, line {number} is JSON but no metrics record: {line[:80]!r}. Mend or remove it."
+        )
     return record

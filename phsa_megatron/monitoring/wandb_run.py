@@ -12,14 +12,13 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import DeviceError
+from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.schema import TrainConfig, WandbMode
 from phsa_megatron.monitoring.metrics import STEP_AXIS
-
-if TYPE_CHECKING:
-    from phsa_megatron.config.derive import Derived
 
 _LOG = logging.getLogger(__name__)
 _RUN_ID_FILE = "run_id"
@@ -127,9 +126,8 @@ def stable_run_id(wandb_dir: Path) -> str:
     """
     file = wandb_dir / _RUN_ID_FILE
     if not file.exists():
-        fresh = wandb_dir / f"{_RUN_ID_FILE}.{os.getpid()}"
-        fresh.write_text(secrets.token_hex(4) + "\n", encoding="ascii")
-        os.replace(fresh, file)
+        wandb_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, secrets.token_hex(4) + "\n")
     return file.read_text(encoding="ascii").strip()
 
 
