@@ -32,7 +32,15 @@ from phsa_megatron.parallel.groups import Groups
 _OPTIMIZER_SHARDING = "fully_reshardable"
 
 # What dist_checkpointing raises for a checkpoint that does not fit. CheckpointException is a BaseException.
-_LOAD_ERRORS = (CheckpointingException, CheckpointException, KeyError, RuntimeError, ValueError, OSError, EOFError)
+_LOAD_ERRORS = (
+    CheckpointingException,
+    CheckpointException,
+    KeyError,
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+)
 
 _result_manager: SyncManager | None = None
 
@@ -85,6 +93,11 @@ def optimizer_state(optimizer: Any, weights: ShardedStateDict, groups: Groups, *
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
     }
+    if not loading:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            # Before the first step there are no moments yet, and megatron fails on their absence.
+            if not part.is_stub_optimizer and not part.optimizer.state:
+                part.init_state_fn(part.optimizer, part.config)
     # An fp32 model's distributed optimizer copies into views of the parameters themselves.
     with torch.no_grad():
         return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
@@ -206,4 +219,6 @@ def read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
             return dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise CheckpointError(f"{folder} cannot be read into this model: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(
+            f"{folder} cannot be read into this model: {type(error).__name__}: {reason}"
+        ) from error

@@ -104,7 +104,7 @@ class Checkpointer:
         self._groups = groups
         self._store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
         self._writer = shards.ShardWriter(groups)
-        self._notify = notify or _log
+        self._notify = _log if notify is None else notify
         self._pending: _Pending | None = None
         self._num_failures = 0
 
@@ -162,7 +162,7 @@ class Checkpointer:
         return self._on_rank_0(lambda: self._store.scan().newest)
 
     def load_latest(
-        self, parts: Parts, data_fingerprint: Mapping[str, str] | None = None
+        self, parts: Parts, data_fingerprint: Mapping[str, Any] | None = None
     ) -> TrainState | None:
         """Continue from the newest committed checkpoint.
 
@@ -170,7 +170,8 @@ class Checkpointer:
 
         Args:
             parts: filled in place.
-            data_fingerprint: identity of the data order this run will read, by split.
+            data_fingerprint: what makes up the data order that this run will read (`SequenceOrder.ingredients`),
+                to be compared with `TrainState.data_fingerprint`; None compares nothing.
 
         Returns:
             The counters, or None where nothing was ever committed.
@@ -236,6 +237,7 @@ class Checkpointer:
                 parts.optimizer.reload_model_params()
             else:
                 parts.optimizer.load_state_dict(loaded["optimizer"])
+                parts.scheduler.num_steps = 0  # megatron adds what it loads to what was counted before
                 parts.scheduler.load_state_dict(loaded["scheduler"])
         if not weights_only:
             self._restore_rng(marker, folder)
@@ -357,7 +359,9 @@ class Checkpointer:
             return self._store.scan().newest, _free_bytes(self._store.checkpoints_dir)
 
         newest, free = self._on_rank_0(clean_and_look)
-        intact = f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
+        intact = (
+            f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
+        )
         text = (
             f"checkpoint of step {pending.step} could not be saved to {pending.partial}: {failure}; it needs "
             f"about {pending.num_bytes} bytes, {free} are free there now; {intact}"
@@ -378,8 +382,9 @@ class Checkpointer:
         if found.newest is not None:
             folder = self._store.path(found.newest)
             old = compose.load(folder / CONFIG_NAME)
-            changes = resume_rules.check_resume(old, self._config)
-            notes += [("resume", f"changed since the checkpoint: {line}") for line in changes]
+            changes = resume_rules.diff(old, self._config)
+            changes.require_resumable(str(folder))
+            notes += [("resume", f"changed since the checkpoint: {change}") for change in changes.changes]
         return _Found(found.newest, tuple(notes))
 
     def _readable(self, folder: Path) -> Marker:
@@ -402,8 +407,11 @@ class Checkpointer:
     def _restore_rng(self, marker: Marker, folder: Path) -> None:
         here = self._about()
         names = ("world_size", "tensor_size", "pipeline_size", "virtual_pipeline_size", "context_size")
-        changed = [f"{name} {marker.about.get(name)} -> {here[name]}" for name in names
-                   if marker.about.get(name) != here[name]]
+        changed = [
+            f"{name} {marker.about.get(name)} -> {here[name]}"
+            for name in names
+            if marker.about.get(name) != here[name]
+        ]
         if changed:
             self._tell(
                 "resume",
@@ -449,16 +457,15 @@ class Checkpointer:
         return box[0]
 
 
-def check_data_order(saved: TrainState, current: Mapping[str, str]) -> None:
+def check_data_order(saved: TrainState, current: Mapping[str, Any]) -> None:
     """Refuse to continue on another data order than the one the checkpoint counts its position in.
 
     Raises:
-        CheckpointError: it says what would happen.
+        CheckpointError: it says what changed and what would happen.
     """
-    for split, fingerprint in current.items():
-        before = saved.data_fingerprint.get(split)
-        if before is not None and before != fingerprint:
-            raise CheckpointError(describe_mismatch(before, fingerprint, saved.consumed_sequences))
+    mismatch = describe_mismatch(saved.data_fingerprint, current)
+    if mismatch is not None:
+        raise CheckpointError(mismatch)
 
 
 def _free_bytes(folder: Path) -> int:

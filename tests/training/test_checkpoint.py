@@ -1,0 +1,521 @@
+"""Whole checkpoints of a tiny model: bit-exact resume, damage, full disks, background saves, other layouts."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from phsa_megatron.config.errors import CheckpointError, ConfigError
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import AttentionKind, Dtype, Recompute, SourceConfig, TrainConfig
+from phsa_megatron.parallel import mcore_checkpointing
+from phsa_megatron.parallel.groups import initialize
+from phsa_megatron.training import checkpoint
+from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.optimizer import build_parts, set_hyperparameters
+from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
+
+
+def tiny_config(root: Path, **sections) -> TrainConfig:
+    """A model of some thousand weights; `sections` are changes as `section={key: value}`."""
+    config = TrainConfig()
+    values = {
+        "run": {"name": "tiny", "root_dir": str(root), "train_steps": 40, "dtype": Dtype.fp32},
+        "model": {
+            "name": "tiny", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_query_heads": 4,
+            "num_kv_heads": 2, "head_dim": 8, "vocab_size": 120, "vocab_pad_multiple": 16,
+        },
+        "attention": {"kind": AttentionKind.dense},
+        "data": {
+            "name": "none", "seq_len_tokens": 32, "tokenizer_file": "none.json",
+            "sources": {"a": SourceConfig(weight=1.0, domain="a", train_prefix="a")},
+        },
+        "optim": {
+            "global_batch_sequences": 2, "micro_batch_sequences": 1, "lr": 1e-2, "warmup_steps": 4,
+            "decay_steps": 8,
+        },
+        "checkpoint": {"save_every_steps": 1, "keep_last": 3},
+        "cluster": {"name": "test"},
+    }  # fmt: skip
+    for section in (values, sections):
+        for name, changes in section.items():
+            for key, value in changes.items():
+                setattr(getattr(config, name), key, value)
+    return config
+
+
+def train(parts, state: TrainState, num_steps: int) -> list[float]:
+    """Steps whose gradients come from torch's global generator: right only if that is restored too."""
+    norms = []
+    for _ in range(num_steps):
+        parts.zero_grad()
+        for _, parameter in parts.named_parameters():
+            parameter.main_grad.copy_(
+                torch.randn(parameter.shape) + float(np.random.rand()) + random.random()
+            )
+        for chunk in parts.model:
+            chunk.start_grad_sync()
+            chunk.finish_grad_sync()
+        set_hyperparameters(parts, state.consumed_sequences + 2)
+        _, norm, _ = parts.optimizer.step()
+        norms.append(float(norm))
+        state.step += 1
+        state.consumed_sequences += 2
+    return norms
+
+
+def fingerprint(parts) -> dict[str, bytes]:
+    """All bytes that a resume has to bring back: weights, moments, step counters, generators."""
+    content = {f"weight {name}": as_bytes(value) for name, value in parts.named_parameters()}
+    for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        for group, values in enumerate(part.optimizer.param_groups):
+            content[f"step {group}"] = repr(values.get("step")).encode()
+            for i, parameter in enumerate(values["params"]):
+                content[f"main {group}.{i}"] = as_bytes(parameter)
+                for key, value in part.optimizer.state.get(parameter, {}).items():
+                    content[f"{key} {group}.{i}"] = as_bytes(value)
+    content["scheduler"] = repr(sorted(parts.scheduler.state_dict().items())).encode()
+    content["rng"] = rng_digest(capture_rng()).encode()
+    return content
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Events(list):
+    """Collects what a Checkpointer tells."""
+
+    def __call__(self, kind, text, **fields):
+        self.append((kind, text))
+
+    def kinds(self):
+        return [kind for kind, _ in self]
+
+    def text(self, kind):
+        return "\n".join(text for found, text in self if found == kind)
+
+
+class Run:
+    """One process's run: groups, parts, checkpointer. Closed groups make room for the next."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.folder = RunFolder.of(config)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.groups = initialize(config)
+        self.parts = build_parts(config, self.groups)
+        self.events = Events()
+        self.checkpointer = Checkpointer(self.folder, config, self.groups, self.events)
+        self.state = TrainState()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.groups.close()
+
+    def train(self, num_steps):
+        return train(self.parts, self.state, num_steps)
+
+    def save(self, **options):
+        return self.checkpointer.save(self.parts, self.state, **options)
+
+    def load(self, **options):
+        self.state = self.checkpointer.load_latest(self.parts, **options)
+        return self.state
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded_optimizer", "whole_optimizer"])
+@pytest.mark.parametrize("dtype", [Dtype.fp32, Dtype.bf16])
+def test_a_resume_is_the_run_that_was_never_stopped(tmp_path, dtype, distributed, in_background):
+    config = tiny_config(
+        tmp_path,
+        run={"dtype": dtype},
+        parallel={"distributed_optimizer": distributed},
+        checkpoint={"async_save": in_background},
+    )
+    with Run(config) as straight:
+        straight.train(3)
+        straight.save()
+        before = straight.train(4)  # while the writer may still be at work
+        straight.checkpointer.wait()
+        expected = fingerprint(straight.parts)
+        assert straight.checkpointer.latest_committed() == 3
+    with Run(config) as resumed:
+        fresh = fingerprint(resumed.parts)
+        state = resumed.load()
+        assert state == TrainState(step=3, consumed_sequences=6)
+        after = resumed.train(4)
+        found = fingerprint(resumed.parts)
+    assert [norm.hex() for norm in after] == [norm.hex() for norm in before]
+    assert {key for key in expected if found.get(key) != expected[key]} == set()
+    assert found.keys() == expected.keys()
+    assert fresh["rng"] != expected["rng"] and fresh["scheduler"] != expected["scheduler"]
+
+
+def test_without_the_saved_generators_the_resume_would_differ(tmp_path, monkeypatch):
+    """Negative control of the test above: it can see a lost random state."""
+    config = tiny_config(tmp_path)
+    with Run(config) as straight:
+        straight.train(2)
+        straight.save()
+        before = straight.train(1)
+    monkeypatch.setattr(checkpoint.training_state, "restore_rng", lambda rng: None)
+    with Run(config) as resumed:
+        resumed.load()
+        assert resumed.train(1) != before
+
+
+def test_requested_and_committed_are_two_events_and_a_background_save_commits_only_when_polled(tmp_path):
+    config = tiny_config(tmp_path, checkpoint={"async_save": True})
+    with Run(config) as run:
+        run.train(1)
+        assert run.save()
+        assert run.events.kinds() == ["checkpoint_requested"]
+        assert run.folder.committed_steps() == []
+        for _ in range(10_000):
+            run.checkpointer.poll()
+            if run.events.kinds() != ["checkpoint_requested"]:
+                break
+            os.sched_yield()
+        run.checkpointer.wait()
+        assert run.events.kinds() == ["checkpoint_requested", "checkpoint_committed"]
+        assert run.folder.committed_steps() == [1]
+        run.train(1)
+        run.save(must_succeed=True)  # the last save of a process stays until it is committed
+        assert run.folder.committed_steps() == [1, 2]
+        assert run.folder.committed_step.read_text() == "2\n"
+
+
+def test_a_background_save_holds_the_values_of_the_moment_it_was_asked_for(tmp_path):
+    config = tiny_config(tmp_path, checkpoint={"async_save": True})
+    with Run(config) as run:
+        run.train(1)
+        expected = fingerprint(run.parts)
+        run.save()
+        run.train(5)
+        run.checkpointer.wait()
+    with Run(config) as resumed:
+        resumed.load()
+        found = fingerprint(resumed.parts)
+    assert {key for key in expected if found[key] != expected[key]} == set()
+
+
+def test_keep_last_and_a_second_save_of_the_same_step(tmp_path):
+    with Run(tiny_config(tmp_path, checkpoint={"keep_last": 2})) as run:
+        for _ in range(4):
+            run.train(1)
+            run.save()
+        assert run.folder.committed_steps() == [3, 4]
+        marker = (run.folder.checkpoints_dir / "latest" / "COMMITTED.json").stat().st_mtime_ns
+        num_events = len(run.events)
+        assert run.save()
+        assert (run.folder.checkpoints_dir / "latest" / "COMMITTED.json").stat().st_mtime_ns == marker
+        assert len(run.events) == num_events
+
+
+def test_nothing_to_resume_from_is_none_and_leftovers_are_removed_with_a_line(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        (run.folder.checkpoints_dir / "step_00000009.partial").mkdir(parents=True)
+        assert run.load() is None
+        assert run.events.kinds() == ["checkpoint_cleaned"]
+        assert "step_00000009.partial" in run.events.text("checkpoint_cleaned")
+
+
+def truncate_largest(folder: Path) -> None:
+    largest = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def remove_marker(folder: Path) -> None:
+    (folder / "COMMITTED.json").unlink()
+
+
+def break_state(folder: Path) -> None:
+    (folder / "train_state.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [truncate_largest, remove_marker, break_state])
+def test_a_damaged_checkpoint_is_skipped_and_refused_when_it_is_the_only_one(tmp_path, damage):
+    config = tiny_config(tmp_path)
+    with Run(config) as run:
+        for _ in range(2):
+            run.train(1)
+            run.save()
+        damage(run.folder.checkpoints_dir / "step_00000002")
+        assert run.load().step == 1
+        assert "step_00000002" in run.events.text("checkpoint_skipped")
+        run.train(1)
+        run.save()  # the damaged one is moved aside
+        assert run.load().step == 2
+        shutil.rmtree(run.folder.checkpoints_dir / "step_00000001")
+        damage(run.folder.checkpoints_dir / "step_00000002")
+        with pytest.raises(CheckpointError, match="Starting again from step 0"):
+            run.load()
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(1)
+        run.save()
+        run.train(1)
+        before = fingerprint(run.parts)
+        monkeypatch.setattr(checkpoint, "_free_bytes", lambda folder: 1000)
+        assert not run.save()
+        text = run.events.text("checkpoint_failed")
+        assert "step_00000002.partial" in text and "1000 are free" in text
+        assert "the checkpoint of step 1 is intact" in text
+        assert fingerprint(run.parts) == before
+        run.train(1)
+        with pytest.raises(CheckpointError, match="2 save.s. failed in a row"):
+            run.save()
+        monkeypatch.undo()
+        assert run.save(), "the third save finds room and the run could have gone on"
+        assert run.folder.committed_steps() == [1, 3]
+
+
+def test_a_run_that_is_asked_to_leave_before_its_first_step_can_save(tmp_path):
+    config = tiny_config(tmp_path)
+    with Run(config) as run:
+        run.save(must_succeed=True)
+        expected = run.train(2), fingerprint(run.parts)
+    with Run(config) as run:
+        assert run.load().step == 0
+        assert (run.train(2), fingerprint(run.parts)) == expected
+
+
+def test_a_last_save_that_fails_is_an_error_at_once(tmp_path, monkeypatch):
+    with Run(tiny_config(tmp_path)) as run:
+        monkeypatch.setattr(checkpoint, "_free_bytes", lambda folder: 0)
+        with pytest.raises(CheckpointError, match="there is no earlier one"):
+            run.save(must_succeed=True)
+
+
+# Everything below the guard: megatron's save starts a process that imports the main script.
+PROLOGUE = """
+import sys
+if __name__ == "__main__":
+    sys.path[:0] = [{root_tests!r}, {tests!r}]
+    import conftest
+    from pathlib import Path
+    import test_checkpoint as t
+"""
+
+# The kernel refuses to let any file grow past a limit, as it refuses on a full disk.
+FULL_DISK = (
+    PROLOGUE
+    + """
+    import resource
+    with t.Run(t.tiny_config(Path({root!r}), checkpoint={{"async_save": {in_background}}})) as run:
+        run.train(1)
+        run.save(must_succeed=True)
+        run.train(1)
+        before = t.fingerprint(run.parts)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        run.save()
+        run.checkpointer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert run.events.kinds()[-1] == "checkpoint_failed", run.events
+        text = run.events.text("checkpoint_failed")
+        assert "step_00000002.partial" in text and "the checkpoint of step 1 is intact" in text, text
+        assert not run.folder.checkpoints_dir.joinpath("step_00000002.partial").exists()
+        assert t.fingerprint(run.parts) == before
+        run.save(must_succeed=True)
+        assert run.folder.committed_steps() == [1, 2]
+    print("survived", text)
+"""
+)
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
+def test_a_write_that_the_kernel_refuses_harms_nothing(tmp_path, in_background):
+    output = run_script(tmp_path, FULL_DISK, in_background=in_background)
+    assert "survived" in output
+
+
+def script_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def write_script(tmp_path, script, **values):
+    tests = Path(__file__).parent
+    path = tmp_path / "script.py"
+    path.write_text(
+        script.format(tests=str(tests), root_tests=str(tests.parent), root=str(tmp_path / "runs"), **values)
+    )
+    return path
+
+
+def run_script(tmp_path, script, **values) -> str:
+    path = write_script(tmp_path, script, **values)
+    result = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env=script_environment(), timeout=200
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# One import for all lives: each life is a fork that trains and saves until it is killed.
+LIVES = (
+    PROLOGUE
+    + """
+    import os, random, select, signal, time
+    config = t.tiny_config(Path({root!r}), run={{"train_steps": 100000}})
+
+    def live(out):
+        with t.Run(config) as run:
+            if run.load() is None:
+                run.state = t.TrainState()
+            out.write(f"start {{run.state.step}}\\n")
+            while True:
+                run.train(1)
+                out.write(f"saving {{run.state.step}}\\n")
+                run.save()
+                out.write(f"committed {{run.state.step}}\\n")
+
+    generator, committed, num_partials = random.Random(7), 0, 0
+    for _ in range(4):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            live(os.fdopen(writing, "w", buffering=1))
+        os.close(writing)
+        lines = os.fdopen(reading)
+        step = int(lines.readline().split()[1])
+        assert step >= committed, (step, committed)
+        for _ in range(2):
+            assert lines.readline().startswith("saving")
+            began_s = time.monotonic()
+            committed = int(lines.readline().split()[1])
+            save_s = time.monotonic() - began_s
+        assert lines.readline().startswith("saving")
+        select.select([lines], [], [], generator.uniform(0.0, save_s))  # returns early if the save ends
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for line in lines:
+            word, step = line.split()
+            committed = int(step) if word == "committed" else committed
+        num_partials += any(Path({root!r}).glob("tiny/checkpoints/*.partial"))
+    print("committed", committed, "partial", num_partials)
+"""
+)
+
+
+def test_kill_9_in_real_saves_always_leaves_something_to_resume(tmp_path):
+    words = run_script(tmp_path, LIVES).split()
+    committed, num_partials = int(words[1]), int(words[3])
+    assert num_partials >= 1, "too few kills hit a save: the test would show nothing"
+    with Run(tiny_config(tmp_path / "runs", run={"train_steps": 100000})) as run:
+        assert run.load().step >= committed >= 8
+
+
+def test_another_data_order_is_refused_with_the_consequence(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        run.state.data_fingerprint = {"run.seed": 1, "data.sources.a.weight": 1.0}
+        run.train(1)
+        run.save()
+        assert run.load(data_fingerprint={"run.seed": 1, "data.sources.a.weight": 1.0}).step == 1
+        with pytest.raises(CheckpointError, match=r"(?s)run.seed: 1 in the checkpoint, 2 now.*never see"):
+            run.load(data_fingerprint={"run.seed": 2, "data.sources.a.weight": 1.0})
+
+
+def test_changed_settings_are_listed_or_refused(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(1)
+        run.save()
+    with Run(tiny_config(tmp_path, optim={"lr": 2e-2})) as run:
+        assert run.load().step == 1
+        assert "optim.lr: 0.01 -> 0.02" in run.events.text("resume")
+    with (
+        Run(tiny_config(tmp_path, attention={"train_topk": 3})) as run,
+        pytest.raises(ConfigError, match="train_topk"),
+    ):
+        run.load()
+    with (
+        Run(tiny_config(tmp_path, parallel={"distributed_optimizer": False})) as run,
+        pytest.raises(ConfigError, match="distributed_optimizer"),
+    ):
+        run.load()
+
+
+def test_a_checkpoint_of_a_newer_megatron_is_refused(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(1)
+        run.save()
+        path = run.folder.checkpoints_dir / "latest" / "COMMITTED.json"
+        values = json.loads(path.read_text())
+        values["made_with"]["megatron_core"] = "0.99.0"
+        path.write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=r"megatron-core 0\.99\.0.*older versions cannot read"):
+            run.load()
+
+
+def test_weights_only_takes_the_weights_and_nothing_else(tmp_path):
+    config = tiny_config(tmp_path, run={"dtype": Dtype.bf16})
+    with Run(config) as run:
+        run.train(2)
+        run.save()
+        saved = fingerprint(run.parts)
+    other = copy.deepcopy(config)
+    other.run.name, other.run.seed = "other", 5
+    with Run(other) as fresh:
+        rng = rng_digest(capture_rng())
+        fresh.checkpointer.load_from(run.folder.checkpoints_dir / "latest", fresh.parts, weights_only=True)
+        found = fingerprint(fresh.parts)
+        assert rng_digest(capture_rng()) == rng
+        for key, value in saved.items():
+            if key.startswith("weight"):
+                assert found[key] == value
+        for name, parameter in fresh.parts.named_parameters():
+            main = parameter.main_param
+            assert main is not None and torch.equal(main.view(-1), parameter.detach().float().view(-1)), name
+        assert not any(key.startswith("exp_avg") for key in found)
+
+
+def test_a_checkpoint_outside_of_the_sequence(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(2)
+        run.checkpointer.save_to(run.folder.replay_dir / "before_step_3", run.parts, run.state)
+        expected = fingerprint(run.parts)
+        assert run.checkpointer.latest_committed() is None
+        run.train(1)
+        state = run.checkpointer.load_from(run.folder.replay_dir / "before_step_3", run.parts)
+        assert state.step == 2
+        assert fingerprint(run.parts) == expected
+
+
+def test_another_model_is_refused_with_the_folder_named(tmp_path):
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(1)
+        run.save()
+    with (
+        Run(tiny_config(tmp_path, model={"ffn_hidden_size": 64})) as run,
+        pytest.raises(CheckpointError, match="cannot be read into this model"),
+    ):
+        run.checkpointer.load_from(run.folder.checkpoints_dir / "latest", run.parts)
+
+
+def test_the_process_that_collects_results_ignores_stop_signals(tmp_path):
+    """A batch system signals every process of the job, this one too; the save must still work."""
+    with Run(tiny_config(tmp_path)) as run:
+        run.train(1)
+        run.save()
+        manager = mcore_checkpointing._result_manager
+        assert manager is not None
+        os.kill(manager._process.pid, signal.SIGTERM)
+        os.kill(manager._process.pid, signal.SIGUSR1)
+        run.train(1)
+        assert run.save()
+        assert run.folder.committed_steps() == [1, 2]
