@@ -124,7 +124,7 @@ class Checkpointer:
             CheckpointError: it failed and has to be taken seriously (see the class).
         """
         self.wait(must_succeed=must_succeed)
-        if self._on_rank_0(lambda: self._store.is_committed(state.step)):
+        if self.agree(lambda: self._store.is_committed(state.step)):
             return True
         self._tell("checkpoint_requested", f"checkpoint of step {state.step} requested", step=state.step)
         with parts.gathered_parameters():
@@ -159,7 +159,7 @@ class Checkpointer:
 
     def latest_committed(self) -> int | None:
         """The newest step that passes verification, or None; the same answer on all processes."""
-        return self._on_rank_0(lambda: self._store.scan().newest)
+        return self.agree(lambda: self._store.scan().newest)
 
     def load_latest(
         self, parts: Parts, data_fingerprint: Mapping[str, Any] | None = None
@@ -180,7 +180,7 @@ class Checkpointer:
             CheckpointError: nothing can be trusted, the data order is another one, or it cannot be read.
             ConfigError: a setting changed that may not change on resume.
         """
-        found = self._on_rank_0(self._find)
+        found = self.agree(self._find)
         for kind, text in found.notes:
             self._tell(kind, text)
         if found.step is None:
@@ -224,7 +224,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the folder is damaged, of a newer version, or of another model.
         """
-        marker = self._on_rank_0(lambda: self._readable(folder))
+        marker = self.agree(lambda: self._readable(folder))
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
@@ -358,7 +358,7 @@ class Checkpointer:
             self._store.abandon(pending.step)
             return self._store.scan().newest, _free_bytes(self._store.checkpoints_dir)
 
-        newest, free = self._on_rank_0(clean_and_look)
+        newest, free = self.agree(clean_and_look)
         intact = (
             f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         )
@@ -438,10 +438,10 @@ class Checkpointer:
                 return str(error)
             return None
 
-        return self._on_rank_0(attempt)
+        return self.agree(attempt)
 
-    def _on_rank_0(self, call: Callable[[], _T]) -> _T:
-        """The result of a call on process 0, on all processes; an error of it is raised on all."""
+    def agree(self, call: Callable[[], _T]) -> _T:
+        """The result of a call on process 0, on all processes; an error of it is raised on all. Collective."""
         box: list[Any] = [None, None]
         if self._groups.rank == 0:
             try:
