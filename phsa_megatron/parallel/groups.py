@@ -90,6 +90,7 @@ class Groups:
         """Leave all groups. The process can initialize again afterwards."""
         from megatron.core import parallel_state
 
+        mcore.forget_mtp_losses()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

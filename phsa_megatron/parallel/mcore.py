@@ -115,6 +115,13 @@ def mtp_block_spec(
     return block
 
 
+def forget_mtp_losses() -> None:
+    """Empty megatron's process-wide sums of prediction losses: the next model may have other depths."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
+
+
 def _recomputable(layer: type) -> type:
     """Return a prediction layer that can be recomputed while side information rides on packed_seq_params.
 
