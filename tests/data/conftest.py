@@ -13,7 +13,24 @@ from phsa_megatron.config.schema import SourceConfig, TrainConfig
 from phsa_megatron.data.bpe import train_bpe
 from phsa_megatron.data.prepare import PrepareRequest, prepare
 
-WORDS = "the cat sat on a mat, and the dog ran off. 今天天气很好，我们去散步。 why not? 他说：好的！ red blue green".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat,",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "off.",
+    "why",
+    "not?",
+    "red",
+    "blue",
+]
+WORDS += ["今天天气很好，我们去散步。", "他说：好的！", "green"]
 
 
 def prose(seed: int, num_words: int) -> str:
@@ -49,7 +66,7 @@ def mixture(
     make_set: Callable[[Path, Sequence[str]], Path],
     tokenizer_file: Path,
 ) -> Callable[[], TrainConfig]:
-    """A function that returns a fresh configuration over two sources in two domains, sequences of 32 tokens."""
+    """A function that returns a fresh configuration: two sources, two domains, sequences of 32 tokens."""
     folder = tmp_path_factory.mktemp("sets")
     lengths = {"big": [1, 3, 40, 7, 120, 2, 1, 90, 15, 64] * 4, "small": [30, 5, 80, 11, 1, 1, 1, 50]}
     for name, sizes in lengths.items():

@@ -94,7 +94,8 @@ def test_a_step_is_shown_with_the_text_that_is_trained_on(mixture):
                 f"{sequence.source} document {piece.document}, tokens {piece.first_token} to {last} of"
                 in text
             )
-        assert reader.order.tokenizer.decode(reader.order.tokens(sequence)[:8]) in text
+        first = reader.order.tokens(sequence)[: sequence.pieces[0].num_tokens]
+        assert reader.order.tokenizer.decode(first) in text
 
 
 def test_show_batch_prints_the_step_of_a_configuration(mixture, monkeypatch, capsys):

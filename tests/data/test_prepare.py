@@ -149,7 +149,8 @@ if __name__ == "__main__":
     cpu_shim.install()
     from phsa_megatron.data.prepare import PrepareRequest, prepare
     source, output, tokenizer, workers = sys.argv[1:]
-    prepare(PrepareRequest([Path(source)], Path(output), Path(tokenizer), num_workers=int(workers), shard_bytes=2000))
+    paths = ([Path(source)], Path(output), Path(tokenizer))
+    prepare(PrepareRequest(*paths, num_workers=int(workers), shard_bytes=2000))
 """
 
 

@@ -71,9 +71,8 @@ def test_a_bigram_knows_more_than_a_unigram_and_less_than_everything(mixture):
     assert 0 < found.overall.bigram_nats < found.overall.unigram_nats < math.log(300)
 
 
-def test_a_validation_set_without_targets_is_refused(mixture, make_set, tmp_path):
+def test_a_validation_without_targets_is_refused(mixture):
     config = mixture()
-    # One empty line of text is one token and its end; the end is the only label.
     config.evaluate.num_sequences_per_domain = 0
     with pytest.raises(DataError, match="hold no target token"):
         measure_baseline(config)
