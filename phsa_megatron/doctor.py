@@ -50,6 +50,7 @@ class Requirement:
 REQUIREMENTS: dict[str, Requirement] = {
     "hydra-core": Requirement("==1.3.8", "composes recipes", BASE),
     "omegaconf": Requirement(">=2.3,<2.4", "holds settings; hydra-core 1.3.8 refuses 2.4", BASE),
+    "pyyaml": Requirement(">=6", "reads and writes settings", BASE),
     "rich": Requirement(">=13", "progress bar and tables", BASE),
     "jinja2": Requirement(">=3.1", "the report and batch scripts", BASE),
     "torch": Requirement(">=2.6", "everything that computes", TRAIN_EXTRA),

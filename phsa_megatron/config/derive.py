@@ -140,4 +140,5 @@ def _decay_steps(config: TrainConfig) -> int:
 def _max_documents(config: TrainConfig) -> int:
     if config.data.max_documents_per_sequence is not None:
         return config.data.max_documents_per_sequence
-    return max(1, config.data.seq_len_tokens // DOCUMENT_TOKENS_PER_BOUNDARY)
+    # One for the text and one for what does not fit and becomes padding.
+    return max(2, config.data.seq_len_tokens // DOCUMENT_TOKENS_PER_BOUNDARY)
