@@ -21,7 +21,7 @@ OLDEST = (0, 16, 1)
 FIRST_UNKNOWN = (0, 20)
 
 HARMLESS_ATTENTION_ARGUMENTS = frozenset({"name"})
-"""Constructor arguments that change nothing in what a core attention computes: newer versions label modules."""
+"""Constructor arguments that change nothing in what a core attention computes, such as a label for logs."""
 
 
 def installed_version() -> tuple[int, ...]:
