@@ -160,7 +160,7 @@ def test_what_it_does_not_do_is_refused_at_construction(cls):
 
 
 def test_new_constructor_arguments_of_megatron_are_taken_only_if_harmless():
-    _attention(name="decoder.layers.0", pp_layer_offset=4, something_new=None)
+    _attention(name="decoder.layers.0", something_new=None)
     with pytest.raises(DeviceError, match="something_new"):
         _attention(something_new=3)
 
