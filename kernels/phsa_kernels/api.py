@@ -6,8 +6,8 @@ V vectors per block, k = topk.
 
 Documents lie one after another along T; `cu_seqlens` holds their N + 1 boundaries. Empty documents are
 allowed, so a caller pads `cu_seqlens` with repeats of Tk and no shape ever depends on data. Blocks restart at
-every document. Only complete blocks (all m tokens inside the document) are pooled: they are the only ones that
-may be scored. Document d owns the rows `cu_blocks[d]` up to `cu_blocks[d + 1]` with
+every document. Only complete blocks (all m tokens inside the document) are pooled: they are the only ones
+that may be scored. Document d owns the rows `cu_blocks[d]` up to `cu_blocks[d + 1]` with
 `cu_blocks = cumsum(len // m)`; rows from `cu_blocks[N]` on are zero. Block ids are relative to the document:
 block b of document d starts at key `cu_seqlens[d] + b * m`.
 
@@ -106,8 +106,8 @@ def pool(
 ) -> Tensor:
     """Return the pooled keys [NB, Hkv, V, D] of all complete blocks, in the dtype of `k`.
 
-    Accumulated in fp32 (fp64 for fp64 keys) and rounded once. Differentiable in the reference; selection passes
-    no gradient (method, section 3), so training never asks for one.
+    Accumulated in fp32 (fp64 for fp64 keys) and rounded once. Differentiable in the reference; selection
+    passes no gradient (method, section 3), so training never asks for one.
 
     Args:
         k: keys [Tk, Hkv, D], any float dtype, after RoPE.
@@ -133,7 +133,9 @@ def pool(
             tuple(weights.shape) in {(k.shape[0],), (k.shape[0], k.shape[1])},
             f"weights must be [Tk] or [Tk, Hkv] for k {tuple(k.shape)}, got {tuple(weights.shape)}",
         )
-    return _implementation(impl, k).pool(k, weights, cu_seqlens, block_tokens=block_tokens, kind=kind)
+    run = _implementation(impl, k).pool
+    pooled: Tensor = run(k, weights, cu_seqlens, block_tokens=block_tokens, kind=kind)
+    return pooled
 
 
 def select(
@@ -193,7 +195,7 @@ def select(
     _check_index("q_pos", q_pos, len(q))
     _check_index("q_doc", q_doc, len(q))
     _check_index("cu_blocks", cu_blocks)
-    return _implementation(impl, q).select(
+    ids: Tensor = _implementation(impl, q).select(
         q,
         pooled,
         q_pos,
@@ -207,6 +209,7 @@ def select(
         score=score,
         softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
     )
+    return ids
 
 
 def attend(
@@ -229,8 +232,8 @@ def attend(
     """Return (out [Tq, Hq, D] in the dtype of q, lse fp32 [Tq, Hq]) of causal attention over the chosen keys.
 
     A query attends to init, local and its chosen blocks, each token once, never past its own position, with
-    ordinary softmax. Gradients flow to q, k and v. A token of a document of up to `dense_len_tokens` attends to
-    the whole document before it.
+    ordinary softmax. Gradients flow to q, k and v. A token of a document of up to `dense_len_tokens`
+    attends to the whole document before it.
 
     Args:
         q: queries [Tq, Hq, D] after RoPE.
@@ -240,8 +243,9 @@ def attend(
         q_pos: int32 [Tq], position of each query in its document.
         q_doc: int32 [Tq], document index of each query into `cu_seqlens`.
         cu_seqlens: int32 [N + 1] document boundaries in the natural order of the keys.
-        block_slot: int32, where each block lies: counting all blocks of all documents in order, incomplete last
-            blocks included, entry i is the slot whose keys are rows `slot * m` on of k and v. None: natural order.
+        block_slot: int32, where each block lies: counting all blocks of all documents in order, incomplete
+            last blocks included, entry i is the slot whose keys are rows `slot * m` on of k and v.
+            None: natural order.
         init_tokens: always-attended tokens at the start of the document, a multiple of block_tokens, or 0.
         local_tokens: local window, a positive multiple of block_tokens.
         block_tokens: m.
@@ -274,7 +278,7 @@ def attend(
     _check_index("cu_seqlens", cu_seqlens)
     if block_slot is not None:
         _check_index("block_slot", block_slot)
-    return _implementation(impl, q).attend(
+    result: tuple[Tensor, Tensor] = _implementation(impl, q).attend(
         q,
         k,
         v,
@@ -289,6 +293,7 @@ def attend(
         dense_len_tokens=dense_len_tokens,
         softmax_scale=q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
     )
+    return result
 
 
 def phsa_attention(
@@ -313,8 +318,8 @@ def phsa_attention(
 ) -> PHSAOutput:
     """Return (out, lse, ids) of pooling, selection and attention in one call: the door most users take.
 
-    Without `q_pos` and `q_doc` the queries are all tokens of the documents, in order (Tq = Tk). With them, the
-    queries may be any subset: a suffix at inference, or a context-parallel rank's own chunk.
+    Without `q_pos` and `q_doc` the queries are all tokens of the documents, in order (Tq = Tk). With them,
+    the queries may be any subset: a suffix at inference, or a context-parallel rank's own chunk.
     Arguments, errors and determinism as in `pool`, `select` and `attend`.
     """
     _require((q_pos is None) == (q_doc is None), "give both q_pos and q_doc, or neither")

@@ -14,21 +14,27 @@ from torch import Tensor
 
 from phsa_kernels.api import token_positions
 
-_CHUNK_QUERIES = 1024
+_CHUNK_QUERIES = 128
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pool(
-    k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str
-) -> Tensor:
+def _lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """Return the documents' lengths, which must cover the tokens (an eager check: it reads the device)."""
+    if int(cu_seqlens[-1]) != num_tokens:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, k has {num_tokens} tokens")
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+
+
+def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
     """Return the pooled keys [Tk // m, Hkv, 1, D]; see `phsa_kernels.api.pool`."""
     if kind != "mean":
         raise NotImplementedError(f"kind={kind!r}: impl='reference' has kind='mean'")
     num_tokens, num_heads, head_dim = k.shape
     m, wide = block_tokens, _wide(k.dtype)
+    _lengths(cu_seqlens, num_tokens)  # for its check
     position, doc = token_positions(cu_seqlens, num_tokens)
     complete = (cu_seqlens[1:] - cu_seqlens[:-1]) // m
     first_row = torch.nn.functional.pad(complete.cumsum(0), (1, 0))
@@ -80,7 +86,7 @@ def select(
 
 
 def _block_scores(q: Tensor, keys: Tensor, current: Tensor, group_score: str, scale: float) -> Tensor:
-    """Return group scores [n, Hkv, blocks] of n queries against one document's pooled keys [blocks, Hkv, D]."""
+    """Return group scores [n, Hkv, blocks] of n queries against one document's pooled keys."""
     wide = _wide(q.dtype)
     n, num_heads, head_dim = q.shape
     grouped = q.to(wide).view(n, keys.shape[1], -1, head_dim)
@@ -95,17 +101,20 @@ def _block_scores(q: Tensor, keys: Tensor, current: Tensor, group_score: str, sc
 
 def _best_blocks(scores: Tensor, current: Tensor, topk: int, num_init: int, num_local: int) -> Tensor:
     """Return the best candidates int32 [n, Hkv, k], ascending, -1 at the end; ties go to the lower block."""
-    n, num_heads, num_blocks = scores.shape
+    num_blocks = scores.shape[2]
     block = torch.arange(num_blocks, device=scores.device)
-    candidate = (block >= num_init) & (block <= (current - num_local)[:, None])  # [n, blocks]
-    # A stable sort of scores with non-candidates last keeps lower blocks first among equals. Candidates whose
-    # softmax underflows to 0 still count as candidates, hence the second key.
-    scores = scores.masked_fill(~candidate[:, None], -math.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    chosen = torch.where(candidate[:, None].expand_as(scores).gather(2, order), order, num_blocks)
-    chosen = chosen.sort(dim=-1).values
-    chosen = torch.where(chosen == num_blocks, -1, chosen).to(torch.int32)
-    return torch.nn.functional.pad(chosen, (0, topk - chosen.shape[2]), value=-1)
+    candidate = (block >= num_init) & (block <= (current - num_local)[:, None])[:, None]  # [n, 1, blocks]
+    scores = scores.masked_fill(~candidate, -math.inf)
+    # `topk` promises no order among equals, so it only gives the k-th best score: all above it are chosen,
+    # and at it the lowest blocks. A softmax that underflows to 0 is above -inf: still a candidate.
+    width = min(topk, num_blocks)
+    kth = scores.topk(width, dim=-1).values[..., -1:] if width else scores
+    above, equal = scores > kth, scores == kth
+    room = width - above.sum(-1, keepdim=True)
+    chosen = (above | (equal & (equal.cumsum(-1) <= room))) & candidate
+    ids = torch.where(chosen, block, num_blocks).topk(width, dim=-1, largest=False).values
+    ids = torch.where(ids == num_blocks, -1, ids).to(torch.int32)
+    return torch.nn.functional.pad(ids, (0, topk - width), value=-1)
 
 
 def attend(
@@ -124,24 +133,27 @@ def attend(
     dense_len_tokens: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) of attention over init, local and the chosen blocks; see `phsa_kernels.api.attend`."""
+    """Return (out, lse) over init, local and the chosen blocks; see `phsa_kernels.api.attend`."""
     if block_slot is not None:
         k, v = (_natural_order(x, cu_seqlens, block_slot, block_tokens) for x in (k, v))
+    # One split per tensor and not a slice per chunk: its backward is one concatenation.
+    lengths = _lengths(cu_seqlens, len(k))
+    keys_of_doc, values_of_doc = k.split_with_sizes(lengths), v.split_with_sizes(lengths)
     rows_of_all, outs, lses = [], [], []
     for rows in _chunks_by_document(q_doc):
         doc = int(q_doc[rows[0]])
-        start, end = int(cu_seqlens[doc]), int(cu_seqlens[doc + 1])
-        end = min(end, start + int(q_pos[rows].max()) + 1)
+        num_keys = min(lengths[doc], int(q_pos[rows].max()) + 1)
         allowed = _allowed_keys(
             ids[rows],
             q_pos[rows].long(),
-            end - start,
+            num_keys,
             num_init=init_tokens // block_tokens,
             num_local=local_tokens // block_tokens,
             block_tokens=block_tokens,
-            dense=int(cu_seqlens[doc + 1]) - start <= dense_len_tokens,
+            dense=lengths[doc] <= dense_len_tokens,
         )
-        out, lse = _masked_attention(q[rows], k[start:end], v[start:end], allowed, softmax_scale)
+        keys, values = keys_of_doc[doc][:num_keys], values_of_doc[doc][:num_keys]
+        out, lse = _masked_attention(q[rows], keys, values, allowed, softmax_scale)
         rows_of_all.append(rows)
         outs.append(out)
         lses.append(lse)
@@ -152,10 +164,12 @@ def attend(
 
 
 def _chunks_by_document(q_doc: Tensor) -> list[Tensor]:
-    """Return row indices of the queries, grouped by document and split into chunks, covering every row once."""
+    """Return row indices of the queries, grouped by document, in chunks, covering every row once."""
     order = q_doc.argsort(stable=True)
-    _, counts = q_doc[order].unique_consecutive(return_counts=True)
-    return [chunk for rows in order.split(counts.tolist()) for chunk in rows.split(_CHUNK_QUERIES)]
+    chunks = []
+    for rows in order.split_with_sizes(q_doc.bincount().tolist()):
+        chunks += [rows[i : i + _CHUNK_QUERIES] for i in range(0, len(rows), _CHUNK_QUERIES)]
+    return chunks
 
 
 def _allowed_keys(
@@ -168,19 +182,21 @@ def _allowed_keys(
     block_tokens: int,
     dense: bool,
 ) -> Tensor:
-    """Return bool [n, Hsel, num_keys]: which of one document's first keys each of n queries attends to."""
+    """Return bool [Hsel, n, num_keys]: which of one document's first keys each of n queries attends to."""
     key = torch.arange(num_keys, device=ids.device)
     causal = key <= position[:, None]  # [n, num_keys]
     if dense:
-        return causal[:, None].expand(-1, ids.shape[1], -1)
+        return causal.expand(ids.shape[1], -1, -1)
     num_blocks = -(-num_keys // block_tokens)
-    chosen = torch.zeros(*ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=ids.device)
-    slot = torch.where(ids < 0, num_blocks, ids.long())
-    chosen.scatter_(2, slot, True)
-    block = key // block_tokens
+    block = torch.arange(num_blocks, device=ids.device)
     current = (position // block_tokens)[:, None]
-    window = (block < num_init) | (block > current - num_local)
-    return (window[:, None] | chosen[:, :, block]) & causal[:, None]
+    window = (block < num_init) | (block > current - num_local)  # [n, num_blocks]
+    # One column past the end takes the -1 of "no block".
+    by_head = torch.where(ids < 0, num_blocks, ids.long()).transpose(0, 1)  # [Hsel, n, k]
+    chosen = torch.zeros(*by_head.shape[:2], num_blocks + 1, dtype=torch.bool, device=ids.device)
+    chosen.scatter_(2, by_head, True)
+    attended = (window | chosen[..., :-1]).repeat_interleave(block_tokens, dim=-1)[..., :num_keys]
+    return attended & causal
 
 
 def _masked_attention(
@@ -191,15 +207,14 @@ def _masked_attention(
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    grouped = q.to(wide).view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, R, n, D]
-    keys, values = (x.to(wide).permute(1, 2, 0) for x in (k, v))  # [Hkv, D, keys]
-    scores = torch.matmul(grouped, keys.unsqueeze(1)) * scale  # [Hkv, R, n, keys]
-    mask = allowed.permute(1, 0, 2)  # [Hsel, n, keys]
-    mask = mask.unsqueeze(1) if allowed.shape[1] == num_kv_heads else mask.unflatten(0, (-1, group))
-    scores = scores.masked_fill(~mask, -math.inf)
+    grouped = (q.to(wide) * scale).view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys, values = (x.to(wide).transpose(0, 1) for x in (k, v))  # [Hkv, keys, D]
+    # Heads of a group are rows of one product: batches stay Hkv, and keys are read once.
+    scores = torch.bmm(grouped.flatten(1, 2), keys.mT).view(num_kv_heads, group, n, -1)
+    mask = allowed.view(num_kv_heads, -1, *allowed.shape[1:])  # [Hkv, 1 or R, n, keys]
+    scores = scores.masked_fill(~mask, -math.inf)  # [Hkv, R, n, keys]
+    out = torch.bmm(scores.softmax(-1).flatten(1, 2), values).view(num_kv_heads, group, n, head_dim)
     lse = scores.logsumexp(-1)
-    probs = (scores - lse.unsqueeze(-1)).exp()
-    out = torch.matmul(probs, values.unsqueeze(1).transpose(-1, -2))  # [Hkv, R, n, D]
     return out.permute(2, 0, 1, 3).reshape(n, num_heads, head_dim), lse.permute(2, 0, 1).reshape(n, -1)
 
 

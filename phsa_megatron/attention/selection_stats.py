@@ -1,4 +1,4 @@
-"""What selection does, measured in evaluation: how much attention the chosen blocks carry, and how sparse it is.
+"""What selection does, measured in evaluation: the attention that chosen blocks carry, and how sparse it is.
 
 A layer hands its selection to the recorder on the SideInfo. Everything is kept as sums, so that the sums of
 all processes add up to those of the run: tensor-parallel processes have different heads, pipeline stages
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from phsa_kernels.api import attend, token_positions
 from torch import Tensor
 
+from phsa_kernels.api import attend, token_positions
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig
 

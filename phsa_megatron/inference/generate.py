@@ -61,7 +61,7 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token, such as the end-of-document token")
-    if temperature < 0 or num_tokens < 0 or not 1 <= vocab_size:
+    if temperature < 0 or num_tokens < 0 or not vocab_size >= 1:
         raise ValueError(
             f"num_tokens={num_tokens} and temperature={temperature} must not be negative, "
             f"vocab_size={vocab_size} must be at least 1"

@@ -68,7 +68,9 @@ METRICS: dict[str, Metric] = {
             "sum since step 0 over all processes",
             "Tokens trained on since the start of the run, restarts included.",
         ),
-        Metric("progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."),
+        Metric(
+            "progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."
+        ),
         Metric("train/loss_nats", "nats/token", _TOKEN_MEAN, "Next-token cross-entropy of the step's batch."),
         Metric(
             "train/mtp_<n>/loss_nats",
@@ -136,7 +138,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "attention/layer_<n>/attended_key_frac",
             "fraction",
-            _EVAL_MEAN,
+            "sum of keys over sum of keys, of the evaluated queries, heads and processes",
             "Keys attended to, over the keys that full causal attention would have seen, in layer n.",
         ),
         Metric(

@@ -180,7 +180,9 @@ def draw_heat_map(
         return _to_svg(figure, name)
 
 
-def thin(steps: Sequence[int], values: Sequence[float], max_points: int = _MAX_POINTS) -> list[tuple[float, ...]]:
+def thin(
+    steps: Sequence[int], values: Sequence[float], max_points: int = _MAX_POINTS
+) -> list[tuple[float, ...]]:
     """Reduce a curve to at most `max_points` buckets.
 
     Args:
@@ -262,7 +264,12 @@ def _to_svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     # The page sets the size; the drawing keeps its viewBox.
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">',
+        svg,
+        count=1,
+    )
     for color, variable in _CSS_VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg

@@ -21,7 +21,15 @@ from phsa_megatron.monitoring.metrics import lookup
 from phsa_megatron.monitoring.records import START_EVENT
 from phsa_megatron.monitoring.wandb_run import WandbRun, start_wandb
 
-_RECORDED_PACKAGES = ("phsa-megatron", "torch", "megatron-core", "triton", "transformer-engine", "numpy", "tokenizers")
+_RECORDED_PACKAGES = (
+    "phsa-megatron",
+    "torch",
+    "megatron-core",
+    "triton",
+    "transformer-engine",
+    "numpy",
+    "tokenizers",
+)
 
 
 class Recorder:
@@ -94,7 +102,9 @@ class Recorder:
             TrainingError: The record cannot be written.
         """
         if taken := fields.keys() & {"event", "time"}:
-            raise ValueError(f"an event's field cannot be called {', '.join(sorted(taken))}: every event has its own")
+            raise ValueError(
+                f"an event's field cannot be called {', '.join(sorted(taken))}: every event has its own"
+            )
         if self._descriptor is None:
             return
         where = {} if step is None else {"step": step}

@@ -93,7 +93,9 @@ def read_records(path: Path) -> Records:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: no metrics were recorded there. Is it a run folder?") from error
+        raise DataError(
+            f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
+        ) from error
     records = Records()
     this_launch: set[int] = set()
     for number, line in enumerate(lines, start=1):
@@ -135,8 +137,12 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}, line {number} is not JSON ({error}): the file is damaged. Mend or remove it.") from error
+        raise DataError(
+            f"{path}, line {number} is not JSON ({error}): the file is damaged. Mend or remove it."
+        ) from error
     is_values = isinstance(record, dict) and {"step", "values"} <= record.keys()
     if not (isinstance(record, dict) and "time" in record and (is_values or "event" in record)):
-        raise DataError(f"{path}, line {number} is JSON but no metrics record: {line[:80]!r}. Mend or remove it.")
+        raise DataError(
+            f"{path}, line {number} is JSON but no metrics record: {line[:80]!r}. Mend or remove it."
+        )
     return record

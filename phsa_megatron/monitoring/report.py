@@ -95,7 +95,9 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): the file is damaged. Remove it to report without it.") from error
+        raise DataError(
+            f"{path} is not JSON ({error}): the file is damaged. Remove it to report without it."
+        ) from error
     return summary
 
 
@@ -200,7 +202,11 @@ def _samples(records: Records) -> list[dict[str, str]]:
     """Return prompt and continuation of the last samples taken, one for each prompt."""
     by_prompt = {event.fields["prompt"]: event for event in records.events_of("sample")}
     return [
-        {"prompt": prompt, "text": event.fields["text"], "step": "" if event.step is None else f"{event.step:,}"}
+        {
+            "prompt": prompt,
+            "text": event.fields["text"],
+            "step": "" if event.step is None else f"{event.step:,}",
+        }
         for prompt, event in by_prompt.items()
     ]
 
@@ -239,7 +245,9 @@ def _event_rows(records: Records) -> list[dict[str, str]]:
         words = [str(fields.pop("text"))] if "text" in fields else []
         text = ", ".join(words + [f"{key} {value}" for key, value in fields.items()])
         step = "" if event.step is None else f"{event.step:,}"
-        rows.append({"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text})
+        rows.append(
+            {"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text}
+        )
     return rows
 
 
@@ -274,7 +282,9 @@ def main(argv: list[str]) -> int:
         ConfigError: A folder's configuration is missing or damaged.
         DataError: A folder's metrics are missing or damaged.
     """
-    parser = argparse.ArgumentParser(prog="phsa-train report", description="Write report.html into run folders.")
+    parser = argparse.ArgumentParser(
+        prog="phsa-train report", description="Write report.html into run folders."
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, for example runs/phsa_demo_cpu")
     for run in parser.parse_args(argv).runs:
         print(write_report(RunFolder(run)))

@@ -108,7 +108,11 @@ def _validation(records: Records, what: str, title: str, unit: str, restarts: li
     if not lines:
         return None
     last = ", ".join(f"{line.label} {line.values[-1]:.3f}" for line in lines)
-    return FigureCard(title, f"Last: {last}.", draw_curves(Curves(f"val-{what}".replace("_", "-"), unit, lines, {}, restarts)))
+    return FigureCard(
+        title,
+        f"Last: {last}.",
+        draw_curves(Curves(f"val-{what}".replace("_", "-"), unit, lines, {}, restarts)),
+    )
 
 
 def _single(

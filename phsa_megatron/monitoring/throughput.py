@@ -122,7 +122,9 @@ class Throughput:
         """Return the utilization, None without a peak or if the formula gives more than is possible."""
         if self._peak_tflops is None:
             return None
-        utilization = self._device_tflops(tokens_per_s, self._derived.flops_per_token_selected) / self._peak_tflops
+        utilization = (
+            self._device_tflops(tokens_per_s, self._derived.flops_per_token_selected) / self._peak_tflops
+        )
         if utilization <= 1:
             return utilization
         # A number for people must not end a run, and a wrong one must not be shown: leave it out and say why, once.

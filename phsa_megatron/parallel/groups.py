@@ -5,6 +5,7 @@ Nobody outside this room reads megatron's process-group globals.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ START_TIMEOUT_S = 300.0
 # How long one collective may take. Loading data and compiling happen between collectives on every process at
 # about the same time, so that ten minutes of waiting means that a process is gone.
 COLLECTIVE_TIMEOUT_S = 600.0
+
+_starts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ def _meet(rank: int, world_size: int) -> Store:
             f"MASTER_PORT={port}: {error}"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"phsa/attempt_{attempt}", server)
+    # A prefix of its own for every start: what an earlier one left in the store would be taken for news.
+    store = PrefixStore(f"phsa/attempt_{attempt}/start_{next(_starts)}", server)
     signatures = [f"here/{other}" for other in range(world_size)]
     store.set(signatures[rank], "1")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from phsa_megatron.training.optimizer import Parts
 from phsa_megatron.training.state import capture_rng, restore_rng
 from phsa_megatron.training.step import ForwardStep, forward_backward
 
-_NATS_PER_BIT = 0.6931471805599453
+CHOICE_METRIC = "attention/frac_queries_with_more_candidates_than_k"
+_NATS_PER_BIT = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Evaluator:
         sums = torch.zeros(len(domains), 3, dtype=torch.float64, device=self._groups.device)
         recorder = None
         if self._config.attention.kind is AttentionKind.phsa:
-            recorder = SelectionRecorder()
+            recorder = SelectionRecorder(self._config.model.num_layers)
         # Dense layers do not read the number of selected blocks, which is 0 for them.
         topk = parts.derived.topk_inference or self._config.attention.train_topk
         forward_step = ForwardStep(self._config, self._table, topk, self._groups.device, recorder)
@@ -130,7 +132,7 @@ class Evaluator:
             for domain, (nats, num_tokens, num_bytes) in zip(domains, sums.tolist(), strict=True)
             if num_tokens
         }
-        selection = {} if recorder is None else recorder.metrics(self._groups)
+        selection = {} if recorder is None else _selection_metrics(recorder, self._groups)
         return Evaluation(losses, selection, time.perf_counter() - start_s)
 
     def _rounds(self, should_leave: Callable[[], bool]) -> Iterator[list[Batch] | None]:
@@ -157,6 +159,20 @@ class Evaluator:
             row = sums[self.reader.order.domains.index(domain)]
             row[:2] += rows[0][:, i]
             row[2] += int(num_bytes[i])
+
+
+def _selection_metrics(recorder: SelectionRecorder, groups: Groups) -> dict[str, float]:
+    """Returns the statistics of all processes under their names in the metrics table. Collective."""
+    layers = recorder.layers(groups.sum_over_world(recorder.sums.to(groups.device)))
+    values = {}
+    for number, layer in layers.items():
+        values[f"attention/layer_{number}/selected_mass_frac"] = layer.selected_mass_frac
+        values[f"attention/layer_{number}/attended_key_frac"] = layer.attended_key_frac
+    # Every layer saw the same queries, so the mean over layers is the mean over queries.
+    choosing = [layer.frac_queries_with_more_candidates_than_k for layer in layers.values()]
+    if choosing:
+        values[CHOICE_METRIC] = sum(choosing) / len(choosing)
+    return values
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         return loss
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = self.state[param]
+        state: dict[str, torch.Tensor] = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)

@@ -41,7 +41,10 @@ def _step_values(step, noise):
     return {
         "train/loss_nats": loss,
         "optim/lr": 2e-3 * warm * decay,
-        "optim/grad_norm": 0.45 + 6 * math.exp(-step / 30) + abs(noise.gauss(0, 0.08)) + (4 if step == 512 else 0),
+        "optim/grad_norm": 0.45
+        + 6 * math.exp(-step / 30)
+        + abs(noise.gauss(0, 0.08))
+        + (4 if step == 512 else 0),
         "optim/num_zeros": 0,
         "perf/tokens_per_s": 11_800 + noise.gauss(0, 250),
         "perf/step_time_s": 0.35,
@@ -73,8 +76,22 @@ def _launch(write, clock, first, last, noise):
         write({"step": step, "time": clock.tick(0.35), "values": _step_values(step, noise)})
         if step % 100 == 0:
             write({"step": step, "time": clock.tick(2), "values": _evaluation(step)})
-            write({"event": "checkpoint_requested", "time": clock.tick(0.1), "step": step, "text": f"step {step}"})
-            write({"event": "checkpoint_committed", "time": clock.tick(0.4), "step": step, "text": f"step {step}"})
+            write(
+                {
+                    "event": "checkpoint_requested",
+                    "time": clock.tick(0.1),
+                    "step": step,
+                    "text": f"step {step}",
+                }
+            )
+            write(
+                {
+                    "event": "checkpoint_committed",
+                    "time": clock.tick(0.4),
+                    "step": step,
+                    "text": f"step {step}",
+                }
+            )
 
 
 @pytest.fixture

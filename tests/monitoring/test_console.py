@@ -93,7 +93,15 @@ def test_closing_twice_and_going_on_afterwards_prints_plain_lines():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (950, "950"), (999.7, "1k"), (12_345, "12.3k"), (4_500_000, "4.5M"), (1.2e9, "1.2B"), (3.4e12, "3.4T")],
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.7, "1k"),
+        (12_345, "12.3k"),
+        (4_500_000, "4.5M"),
+        (1.2e9, "1.2B"),
+        (3.4e12, "3.4T"),
+    ],
 )
 def test_counts_are_short(value, text):
     assert short_count(value) == text

@@ -65,7 +65,9 @@ def test_a_launch_records_its_environment(folder, config):
     (start,) = read_records(folder.metrics_file).events_of("start")
     environment = start.fields["environment"]
     assert environment["pid"] == os.getpid() and environment["packages"]["torch"]
-    assert environment["packages"]["transformer-engine"] is None or environment["packages"]["transformer-engine"]
+    assert (
+        environment["packages"]["transformer-engine"] is None or environment["packages"]["transformer-engine"]
+    )
 
 
 def test_restart_appends_and_cuts_off_only_the_torn_line(folder, config):

@@ -38,9 +38,18 @@ def test_until_the_new_launch_logs_a_step_the_old_values_stand(tmp_path):
 
 
 def test_values_of_one_launch_at_one_step_are_merged(tmp_path):
-    path = _write(tmp_path / "m.jsonl", _start(), _values(1, 9.0), _values(2, 8.0), _values(1, 7.0, name="val/loss_nats"))
+    path = _write(
+        tmp_path / "m.jsonl",
+        _start(),
+        _values(1, 9.0),
+        _values(2, 8.0),
+        _values(1, 7.0, name="val/loss_nats"),
+    )
     records = read_records(path)
-    assert records.values_by_step == {1: {"train/loss_nats": 9.0, "val/loss_nats": 7.0}, 2: {"train/loss_nats": 8.0}}
+    assert records.values_by_step == {
+        1: {"train/loss_nats": 9.0, "val/loss_nats": 7.0},
+        2: {"train/loss_nats": 8.0},
+    }
     assert records.last("val/loss_nats") == 7.0 and records.last("optim/lr") is None
 
 

@@ -108,7 +108,9 @@ def test_a_run_that_has_only_started_and_one_with_only_nan(unfinished_run):
     start = json.dumps({"event": "start", "time": 1.0, "environment": {}})
     write_atomically(unfinished_run.metrics_file, start + "\n")
     assert "No metrics are recorded yet." in _page(unfinished_run).says()
-    nan = json.dumps({"step": 1, "time": 2.0, "values": {"train/loss_nats": "NaN", "optim/grad_norm": "Infinity"}})
+    nan = json.dumps(
+        {"step": 1, "time": 2.0, "values": {"train/loss_nats": "NaN", "optim/grad_norm": "Infinity"}}
+    )
     write_atomically(unfinished_run.metrics_file, f"{start}\n{nan}\n")
     assert "1 of 900" in _page(unfinished_run).says()
 

@@ -36,7 +36,9 @@ def _records(launch):
 
 def test_two_offline_launches_are_one_run_on_its_own_step_axis(wandb_dir, capfd):
     launches = []
-    for number, steps in enumerate([(1, 2, 3, 4), (3, 4, 5)]):  # The second launch resumes at 2: steps go back.
+    for number, steps in enumerate(
+        [(1, 2, 3, 4), (3, 4, 5)]
+    ):  # The second launch resumes at 2: steps go back.
         run = start_wandb(_config(WandbMode.offline), Derived(), wandb_dir)
         run_id = run.run_id
         for step in steps:
@@ -50,7 +52,9 @@ def test_two_offline_launches_are_one_run_on_its_own_step_axis(wandb_dir, capfd)
     ids = [record["run"]["run_id"] for record in first + second if record["type"] == "run"]
     assert ids == [stable_run_id(wandb_dir)] * 2
     items = [record["history"]["item"] for record in first + second if record["type"] == "history"]
-    assert [item["progress/step"] for item in items] == [1, 2, 3, 4, 3, 4, 5], "no step of a resumed run is dropped"
+    assert [item["progress/step"] for item in items] == [1, 2, 3, 4, 3, 4, 5], (
+        "no step of a resumed run is dropped"
+    )
     for records in (first, second):
         metrics = [record["metric"] for record in records if record["type"] == "metric"]
         assert any(m.get("glob_name") == "*" and m["step_metric"] == "progress/step" for m in metrics)
@@ -67,7 +71,9 @@ def test_disabled_does_not_even_import_wandb(wandb_dir, monkeypatch):
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(wandb_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(DeviceError, match=r"wandb.mode=offline needs the package wandb.*phsa-megatron\[train\]"):
+    with pytest.raises(
+        DeviceError, match=r"wandb.mode=offline needs the package wandb.*phsa-megatron\[train\]"
+    ):
         start_wandb(_config(WandbMode.offline), Derived(), wandb_dir)
 
 

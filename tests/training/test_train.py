@@ -73,6 +73,7 @@ def test_a_failure_leaves_one_line_that_says_where(tiny_config):
     assert record["error"] == "TrainingError"
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_leave_together(tiny_config):
     """The signal reaches the second process only; both leave after the same step, and go on together."""
     one = tiny_config(**{"run.name": "one"})
