@@ -3,7 +3,7 @@
 | Hugging Face | megatron |
 |---|---|
 | model.embed_tokens | embedding.word_embeddings |
-| layers.N.self_attn.{q,k,v}_proj | self_attention.linear_qkv: for each key-value group its queries, key, value |
+| layers.N.self_attn.{q,k,v}_proj | self_attention.linear_qkv: by key-value group: queries, key, value |
 | layers.N.self_attn.o_proj | self_attention.linear_proj |
 | layers.N.self_attn.{q,k}_norm | self_attention.{q,k}_layernorm |
 | layers.N.mlp.{gate,up}_proj | mlp.linear_fc1: gate, then up, within each tensor-parallel share |
@@ -87,8 +87,8 @@ def check_same_model(folder: Path, model: ModelConfig) -> None:
     kind = theirs.get("model_type")
     if kind not in _QK_NORM:
         raise ConfigError(
-            f"{path}: model_type is {kind!r}; weights can be read from {', '.join(_QK_NORM)} (decoders with RoPE, "
-            "SwiGLU and RMSNorm)"
+            f"{path}: model_type is {kind!r}; weights can be read from {', '.join(_QK_NORM)} (decoders with "
+            "RoPE, SwiGLU and RMSNorm)"
         )
     rope = theirs.get("rope_parameters") or {}
     scaling = theirs.get("rope_scaling") or ({} if rope.get("rope_type", "default") == "default" else rope)
@@ -129,8 +129,8 @@ class _Share:
         self.config, self.rank, self.size = config, rank, size
         if config.model.num_kv_heads % size:
             raise ConfigError(
-                f"parallel.tensor_size={size} does not divide model.num_kv_heads={config.model.num_kv_heads}: "
-                "weights of a Hugging Face folder are spread by whole key-value groups; use a divisor"
+                f"parallel.tensor_size={size} must divide model.num_kv_heads={config.model.num_kv_heads}: "
+                "weights of a Hugging Face folder are spread by whole key-value groups: use a divisor"
             )
 
     def of(self, full: Tensor, dim: int) -> Tensor:
@@ -173,7 +173,8 @@ class _Folder:
                 f"{self._path} has no tensor {name}: files are missing, or it is another kind of model"
             )
         with safe_open(self._file_of[name], framework="pt") as stream:
-            return stream.get_tensor(name)
+            tensor: Tensor = stream.get_tensor(name)
+        return tensor
 
 
 def _layer_names(model: ModelConfig) -> list[str]:
@@ -236,8 +237,8 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, model: ModelConfig) -> T
         model: head counts.
 
     Returns:
-        [(num_query_heads + 2 * num_kv_heads) * head_dim, hidden_size]: for each key-value group the rows of its
-        query heads, then its key's, then its value's.
+        [(num_query_heads + 2 * num_kv_heads) * head_dim, hidden_size]: for each key-value group the rows of
+        its query heads, then its key's, then its value's.
 
     Raises:
         CheckpointError: a projection has another shape.
@@ -246,8 +247,8 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, model: ModelConfig) -> T
     rows = (model.num_query_heads * model.head_dim, groups * model.head_dim, groups * model.head_dim)
     if (query.shape[0], key.shape[0], value.shape[0]) != rows:
         raise CheckpointError(
-            f"q, k and v projections have {query.shape[0]}, {key.shape[0]} and {value.shape[0]} rows; the model "
-            f"settings ask for {rows[0]}, {rows[1]} and {rows[2]}"
+            f"q, k and v projections have {query.shape[0]}, {key.shape[0]} and {value.shape[0]} rows; the "
+            f"model settings ask for {rows[0]}, {rows[1]} and {rows[2]}"
         )
     by_group = [tensor.view(groups, -1, tensor.shape[1]) for tensor in (query, key, value)]
     return torch.cat(by_group, dim=1).reshape(-1, query.shape[1])

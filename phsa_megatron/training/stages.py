@@ -1,7 +1,7 @@
 """The start of a new stage: another run's weights, or those of a Hugging Face folder, and nothing else.
 
 Optimizer, schedule, counters and data order begin anew, so sequence length, mixture and attention may change
-(attention has no parameters: dense to PHSA and back is free). Where the weights came from is in RUN/lineage.json.
+(attention has no parameters: dense to PHSA and back is free). RUN/lineage.json says where they came from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from phsa_megatron.config import compose, lineage, resume_rules
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
-from phsa_megatron.training.checkpoint import CONFIG_NAME, Checkpointer
+from phsa_megatron.training import agreement
+from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.checkpoint_files import CONFIG_NAME
 from phsa_megatron.training.commit import CheckpointStore
 from phsa_megatron.training.huggingface_weights import load_huggingface
 from phsa_megatron.training.optimizer import Parts
@@ -55,7 +57,7 @@ def _load_run(
     folder = RunFolder(source.path)
     store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
     # Process 0 chooses: the source may still be training, and another process might see a newer one.
-    step = checkpointer.agree(lambda: store.newest().newest)
+    step = agreement.decide(parts.groups, lambda: store.newest().newest)
     if step is None:
         raise CheckpointError(f"run.init_from={source.path}: this run has no committed checkpoint")
     checkpoint = store.path(step)

@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of checkpoints: steps whose result shows every lost bit, and scripts that can be killed."""
+"""Tiny runs for the tests of checkpoints: steps that show every lost bit, scripts to be killed."""
 
 import os
 import random

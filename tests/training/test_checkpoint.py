@@ -1,4 +1,4 @@
-"""Whole checkpoints of a tiny model: bit-exact resume, damage, full disks, background saves, other layouts."""
+"""Whole checkpoints of a tiny model: exact resume, damage, full disks, background saves."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.schema import Dtype
 from phsa_megatron.parallel import mcore_checkpointing
-from phsa_megatron.training import checkpoint
+from phsa_megatron.training import checkpoint, checkpoint_files
 from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
 from tests.training.checkpoint_runs import SCRIPT_PROLOGUE, Run, fingerprint, run_script, tiny_config
 
@@ -54,7 +54,7 @@ def test_without_the_saved_generators_the_resume_would_differ(tmp_path, monkeypa
         straight.train(2)
         straight.save()
         before = straight.train(1)
-    monkeypatch.setattr(checkpoint.training_state, "restore_rng", lambda rng: None)
+    monkeypatch.setattr(checkpoint_files.training_state, "restore_rng", lambda rng: None)
     with Run(config) as resumed:
         resumed.load()
         assert resumed.train(1) != before
@@ -193,8 +193,8 @@ FULL_DISK = (
     unlimited = resource.RLIM_INFINITY
 
     def fill_the_disk(name, in_background):
-        config = t.tiny_config(Path({root!r}), run={{"name": name}}, checkpoint={{"async_save": in_background}})
-        with t.Run(config) as run:
+        checkpoint = {{"async_save": in_background}}
+        with t.Run(t.tiny_config(Path({root!r}), run={{"name": name}}, checkpoint=checkpoint)) as run:
             run.train(1)
             run.save(must_succeed=True)
             run.train(1)
