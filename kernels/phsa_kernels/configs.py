@@ -39,7 +39,17 @@ SAFE = Configs(
     chosen_dkdv=Launch(64, 16, 4, 2),
     window_dkdv=Launch(64, 64, 4, 2),
 )
-BY_CAPABILITY: dict[tuple[int, int], Configs] = {}
+# Chosen by the benchmark's `--sweep` on the device named in NOTES.md.
+BY_CAPABILITY: dict[tuple[int, int], Configs] = {
+    (9, 0): Configs(
+        normalizer=Launch(128, 64, 4, 3),
+        select=Launch(64, 64, 4, 2),
+        forward=Launch(64, 64, 4, 3),
+        dq=Launch(64, 64, 4, 2),
+        chosen_dkdv=Launch(64, 16, 4, 2),
+        window_dkdv=Launch(64, 64, 4, 3),
+    )
+}
 
 
 @functools.cache

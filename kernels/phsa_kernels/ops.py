@@ -105,14 +105,23 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (out, lse, rows, union): the last two are what backward needs to walk the same keys."""
     return attend_forward(
-        q, k, v, ids, q_pos, q_doc, cu_seqlens, init_tokens, local_tokens, block_tokens, dense_len_tokens, scale
+        q,
+        k,
+        v,
+        ids,
+        q_pos,
+        q_doc,
+        cu_seqlens,
+        init_tokens,
+        local_tokens,
+        block_tokens,
+        dense_len_tokens,
+        scale,
     )
 
 
 @attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, union = saved_shapes(q, k, ids)
     return (
         q.new_empty(q.shape),

@@ -42,9 +42,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def pool(
-    k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str
-) -> Tensor:
+def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
     """Return the pooled keys; see `phsa_kernels.api.pool`. No gradient: selection passes none."""
     _supported(kind == "mean", f"kind={kind!r}", "kind='mean'")
     _check(k, block_tokens)
@@ -69,7 +67,9 @@ def select(
     softmax_scale: float,
 ) -> Tensor:
     """Return the chosen blocks; see `phsa_kernels.api.select`."""
-    _supported(score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'")
+    _supported(
+        score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'"
+    )
     _supported(
         group_score in {"softmax_sum", "raw_sum"}, f"group_score={group_score!r}", "softmax_sum and raw_sum"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phsa_kernels.attend.forward import inner_range
 from phsa_kernels.primitives import LOG2_E, load_rows, product, row_offset
 
 
@@ -30,13 +31,15 @@ def delta_kernel(
 @triton.jit
 def query_gradient(
     dq, q, grad, lse, delta, K, V, key, key_ok, seen, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
-    scale, D: tl.constexpr,
+    scale, D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the keys [BN] to dq / scale; row m attends to those with seen[m]."""
+    """Add the share of the keys [BN] to dq / scale; with MASK, row m attends to those with seen[m]."""
     k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
     v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
     score = product(q, tl.trans(k)) * (scale * LOG2_E)
-    p = tl.where(seen, tl.exp2(score - lse[:, None]), 0.0)
+    p = tl.exp2(score - lse[:, None])
+    if MASK:
+        p = tl.where(seen, p, 0.0)
     ds = p * (product(grad, tl.trans(v)) - delta[:, None])
     return dq + product(ds.to(k.dtype), k)
 
@@ -111,15 +114,29 @@ def dq_kernel(
             seen = (key[None, :] >= start[:, None]) & (key[None, :] < init_end[:, None])
             dq = query_gradient(
                 dq, q, grad, lse, delta, K, V, key, key < end, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D,
+                stride_vh, scale, D, True,
             )  # fmt: skip
     last = tl.load(POSITION + bottom) + 1
-    for first in range(tl.load(LOCAL_START + top), last, BN):
+    lowest, first_inner, end_inner = inner_range(LOCAL_START, POSITION, top, bottom, last, BN)
+    for first in range(lowest, first_inner, BN):
         key = first + n
         seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
         dq = query_gradient(
             dq, q, grad, lse, delta, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D,
+            stride_vh, scale, D, True,
+        )  # fmt: skip
+    for first in range(first_inner, end_inner, BN):
+        key = first + n
+        dq = query_gradient(
+            dq, q, grad, lse, delta, K, V, key, key < last, key < last, kv_head, stride_kt, stride_kh,
+            stride_vt, stride_vh, scale, D, False,
+        )  # fmt: skip
+    for first in range(end_inner, last, BN):
+        key = first + n
+        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
+        dq = query_gradient(
+            dq, q, grad, lse, delta, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
+            stride_vh, scale, D, True,
         )  # fmt: skip
     if TOPK > 0:
         base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
@@ -131,7 +148,7 @@ def dq_kernel(
             seen = ((bits[None, :] >> t[:, None]) & 1) != 0
             dq = query_gradient(
                 dq, q, grad, lse, delta, K, V, key, entry < count, seen, kv_head, stride_kt, stride_kh,
-                stride_vt, stride_vh, scale, D,
+                stride_vt, stride_vh, scale, D, True,
             )  # fmt: skip
     out = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(DQ + out, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])

@@ -9,14 +9,25 @@ from phsa_kernels.primitives import LOG2_E, MASKED, load_rows, product, row_offs
 
 
 @triton.jit
+def inner_range(LOCAL_START, POSITION, top, bottom, last, BN: tl.constexpr):
+    """Return (first key any row sees locally, first and end of the whole steps that every row sees in full)."""
+    lowest = tl.load(LOCAL_START + top)
+    first = lowest + tl.cdiv(tl.load(LOCAL_START + bottom) - lowest, BN) * BN
+    first = tl.minimum(first, last)
+    return lowest, first, first + tl.maximum(tl.load(POSITION + top) + 1 - first, 0) // BN * BN
+
+
+@triton.jit
 def attend_keys(
     acc, peak, total, q, K, V, key, key_ok, seen, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, scale,
-    D: tl.constexpr,
+    D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over the keys [BN], of which row m attends to those with seen[m]."""
+    """One online-softmax step over the keys [BN]; with MASK, row m attends to those with seen[m]."""
     k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
     v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
-    score = tl.where(seen, product(q, tl.trans(k)) * (scale * LOG2_E), MASKED)
+    score = product(q, tl.trans(k)) * (scale * LOG2_E)
+    if MASK:
+        score = tl.where(seen, score, MASKED)
     new_peak = tl.maximum(peak, tl.max(score, 1))
     p = tl.exp2(score - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
@@ -90,15 +101,29 @@ def forward_kernel(
             seen = (key[None, :] >= start[:, None]) & (key[None, :] < init_end[:, None])
             acc, peak, total = attend_keys(
                 acc, peak, total, q, K, V, key, key < end, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D,
+                stride_vh, scale, D, True,
             )  # fmt: skip
     last = tl.load(POSITION + bottom) + 1
-    for first in range(tl.load(LOCAL_START + top), last, BN):
+    lowest, first_inner, end_inner = inner_range(LOCAL_START, POSITION, top, bottom, last, BN)
+    for first in range(lowest, first_inner, BN):
         key = first + n
         seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
         acc, peak, total = attend_keys(
             acc, peak, total, q, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D,
+            stride_vh, scale, D, True,
+        )  # fmt: skip
+    for first in range(first_inner, end_inner, BN):
+        key = first + n
+        acc, peak, total = attend_keys(
+            acc, peak, total, q, K, V, key, key < last, key < last, kv_head, stride_kt, stride_kh, stride_vt,
+            stride_vh, scale, D, False,
+        )  # fmt: skip
+    for first in range(end_inner, last, BN):
+        key = first + n
+        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
+        acc, peak, total = attend_keys(
+            acc, peak, total, q, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
+            stride_vh, scale, D, True,
         )  # fmt: skip
     if TOPK > 0:
         base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
@@ -110,7 +135,7 @@ def forward_kernel(
             seen = ((bits[None, :] >> t[:, None]) & 1) != 0
             acc, peak, total = attend_keys(
                 acc, peak, total, q, K, V, key, entry < count, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D,
+                stride_vh, scale, D, True,
             )  # fmt: skip
     out = row_offset(query, head, stride_ot, stride_oh)[:, None] + tl.arange(0, D)[None, :]
     tl.store(OUT + out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=ok[:, None])

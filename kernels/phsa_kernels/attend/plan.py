@@ -95,5 +95,7 @@ def queries_by_block(
     wanted = (head[:, 0] * (num_blocks + 1) + torch.arange(num_blocks + 1, device=ids.device)).to(torch.int32)
     offsets = torch.searchsorted(key, wanted.contiguous()).to(torch.int32)
     return BlockQueries(
-        torch.where(again, -1, query).to(torch.int32), offsets[:, :-1].contiguous(), offsets[:, 1:].contiguous()
+        torch.where(again, -1, query).to(torch.int32),
+        offsets[:, :-1].contiguous(),
+        offsets[:, 1:].contiguous(),
     )
