@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.parallel.checkpoint_worker import outlive_stop_signals
@@ -69,7 +69,7 @@ def _major_minor(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def model_state(chunks: list[torch.nn.Module], groups: Groups) -> ShardedStateDict:
+def model_state(chunks: Sequence[Any], groups: Groups) -> ShardedStateDict:
     """Sharded weights of this process's model chunks, without wrappers around them."""
     metadata = _metadata(groups)
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
@@ -157,7 +157,7 @@ class ShardWriter:
     @property
     def is_writing(self) -> bool:
         """Whether a write was started and not finished by `finish`."""
-        return self._queue.get_num_unfinalized_calls() > 0
+        return int(self._queue.get_num_unfinalized_calls()) > 0
 
     def finish(self, *, wait: bool) -> tuple[bool, str | None]:
         """Finish a write in the background if all processes are done.
@@ -216,9 +216,10 @@ def read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     """
     try:
         with torch.no_grad():
-            return dist_checkpointing.load(state, str(folder))
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CheckpointError(
             f"{folder} cannot be read into this model: {type(error).__name__}: {reason}"
         ) from error
+    return loaded

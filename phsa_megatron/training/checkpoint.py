@@ -7,18 +7,15 @@ A checkpoint folder RUN/checkpoints/step_00000120/ holds megatron's sharded file
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from phsa_megatron.config import compose, resume_rules
 from phsa_megatron.config.errors import CheckpointError
@@ -27,22 +24,20 @@ from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.data.order import describe_mismatch
 from phsa_megatron.parallel import mcore_checkpointing as shards
 from phsa_megatron.parallel.groups import Groups
-from phsa_megatron.training import state as training_state
-from phsa_megatron.training.commit import CheckpointStore, Marker, make_empty, read_marker, seal, verify
+from phsa_megatron.training import agreement
+from phsa_megatron.training import checkpoint_files as files
+from phsa_megatron.training.commit import CheckpointStore, Marker, read_marker, seal, verify
 from phsa_megatron.training.state import TrainState
 
 if TYPE_CHECKING:
     from phsa_megatron.training.optimizer import Parts
 
-STATE_NAME = "train_state.json"
-CONFIG_NAME = "config.yaml"
 # One failed save is survivable, two in a row mean that a person has to look.
 MAX_FAILURES_IN_A_ROW = 2
 # Beside the shards: markers, metadata, and what other programs write meanwhile.
 SPARE_BYTES = 16 << 20
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class Notify(Protocol):
@@ -124,7 +119,7 @@ class Checkpointer:
             CheckpointError: it failed and has to be taken seriously (see the class).
         """
         self.wait(must_succeed=must_succeed)
-        if self._on_rank_0(lambda: self._store.is_committed(state.step)):
+        if agreement.decide(self._groups, lambda: self._store.is_committed(state.step)):
             return True
         self._tell("checkpoint_requested", f"checkpoint of step {state.step} requested", step=state.step)
         with parts.gathered_parameters():
@@ -159,7 +154,7 @@ class Checkpointer:
 
     def latest_committed(self) -> int | None:
         """The newest step that passes verification, or None; the same answer on all processes."""
-        return self._on_rank_0(lambda: self._store.scan().newest)
+        return agreement.decide(self._groups, lambda: self._store.scan().newest)
 
     def load_latest(
         self, parts: Parts, data_fingerprint: Mapping[str, Any] | None = None
@@ -170,8 +165,8 @@ class Checkpointer:
 
         Args:
             parts: filled in place.
-            data_fingerprint: what makes up the data order that this run will read (`SequenceOrder.ingredients`),
-                to be compared with `TrainState.data_fingerprint`; None compares nothing.
+            data_fingerprint: what makes up the data order of this run (`SequenceOrder.ingredients`), to be
+                compared with `TrainState.data_fingerprint`; None compares nothing.
 
         Returns:
             The counters, or None where nothing was ever committed.
@@ -180,13 +175,13 @@ class Checkpointer:
             CheckpointError: nothing can be trusted, the data order is another one, or it cannot be read.
             ConfigError: a setting changed that may not change on resume.
         """
-        found = self._on_rank_0(self._find)
+        found = agreement.decide(self._groups, self._find)
         for kind, text in found.notes:
             self._tell(kind, text)
         if found.step is None:
             return None
         folder = self._store.path(found.step)
-        saved = self.read_state(folder)
+        saved = files.read_state(folder)
         if data_fingerprint is not None:
             check_data_order(saved, data_fingerprint)
         state = self.load_from(folder, parts)
@@ -199,13 +194,16 @@ class Checkpointer:
         Raises:
             CheckpointError: it could not be written.
         """
+        self.wait()  # the caller may be about to end the run: what is under way would be lost
+        partial = folder.with_name(f"{folder.name}.partial")
+        about = files.about(self._config, self._groups)
         with parts.gathered_parameters():
             weights = self._sharded(parts, loading=False)
-            partial = folder.with_name(f"{folder.name}.partial")
-            failure = self._fill(partial, state) or self._writer.write(weights, partial)
+            failure = files.write(partial, state, self._config, self._groups)
+            failure = failure or self._writer.write(weights, partial)
         if failure is None:
-            failure = self._attempt(
-                lambda: seal(partial, folder, state.step, shards.written_by(), self._about())
+            failure = agreement.attempt(
+                self._groups, lambda: seal(partial, folder, state.step, shards.written_by(), about)
             )
         if failure is not None:
             raise CheckpointError(f"{folder} could not be written: {failure}")
@@ -224,7 +222,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the folder is damaged, of a newer version, or of another model.
         """
-        marker = self._on_rank_0(lambda: self._readable(folder))
+        marker = agreement.decide(self._groups, lambda: self._readable(folder))
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
@@ -240,17 +238,10 @@ class Checkpointer:
                 parts.scheduler.num_steps = 0  # megatron adds what it loads to what was counted before
                 parts.scheduler.load_state_dict(loaded["scheduler"])
         if not weights_only:
-            self._restore_rng(marker, folder)
-        return self.read_state(folder)
-
-    @staticmethod
-    def read_state(folder: Path) -> TrainState:
-        """The counters in a checkpoint folder."""
-        try:
-            values = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / STATE_NAME} cannot be read: {error}") from error
-        return TrainState.from_dict(values)
+            note = files.restore_rng(folder, marker, self._config, self._groups)
+            if note is not None:
+                self._tell("resume", note)
+        return files.read_state(folder)
 
     # Saving.
 
@@ -267,38 +258,13 @@ class Checkpointer:
         """Check the space, make the staging folder and write everything but the shards into it."""
         num_bytes = self._total_bytes(weights)
         partial = self._store.partial_path(state.step)
-        pending = _Pending(state.step, partial, num_bytes, self._about(), time.monotonic())
-        failure = self._attempt(lambda: self._check_space(num_bytes)) or self._fill(partial, state)
+        pending = _Pending(
+            state.step, partial, num_bytes, files.about(self._config, self._groups), time.monotonic()
+        )
+        failure = agreement.attempt(self._groups, lambda: self._check_space(num_bytes)) or files.write(
+            partial, state, self._config, self._groups
+        )
         return pending, failure
-
-    def _fill(self, partial: Path, state: TrainState) -> str | None:
-        def begin() -> None:
-            make_empty(partial)
-            (partial / "rng").mkdir()
-            (partial / STATE_NAME).write_text(json.dumps(state.to_dict(), indent=1) + "\n", encoding="utf-8")
-            (partial / CONFIG_NAME).write_text(compose.dump(self._config), encoding="utf-8")
-
-        failure = self._attempt(begin)
-        if failure is not None:
-            return failure
-        mine = ""
-        try:
-            torch.save(training_state.capture_rng(), partial / self._rng_name())
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            mine = repr(error)
-        return (mine or "another process could not write") if self._groups.any_true(bool(mine)) else None
-
-    def _about(self) -> dict[str, Any]:
-        layout = self._config.parallel
-        return {
-            "world_size": self._groups.world_size,
-            "tensor_size": layout.tensor_size,
-            "pipeline_size": layout.pipeline_size,
-            "virtual_pipeline_size": layout.virtual_pipeline_size,
-            "context_size": layout.context_size,
-            "distributed_optimizer": layout.distributed_optimizer,
-            "config_sha256": hashlib.sha256(compose.dump(self._config).encode()).hexdigest(),
-        }
 
     def _total_bytes(self, weights: dict[str, Any]) -> int:
         mine = torch.tensor(shards.local_num_bytes(weights), dtype=torch.int64, device=self._groups.device)
@@ -321,8 +287,8 @@ class Checkpointer:
     def _complete(self, pending: _Pending, failure: str | None, must_succeed: bool) -> bool:
         """Commit what was written, or account for the failure; returns whether it is committed."""
         if failure is None:
-            failure = self._attempt(
-                lambda: self._store.commit(pending.step, shards.written_by(), pending.about)
+            failure = agreement.attempt(
+                self._groups, lambda: self._store.commit(pending.step, shards.written_by(), pending.about)
             )
         if failure is not None:
             self._fail(pending, failure, must_succeed)
@@ -358,7 +324,7 @@ class Checkpointer:
             self._store.abandon(pending.step)
             return self._store.scan().newest, _free_bytes(self._store.checkpoints_dir)
 
-        newest, free = self._on_rank_0(clean_and_look)
+        newest, free = agreement.decide(self._groups, clean_and_look)
         intact = (
             f"the checkpoint of step {newest} is intact" if newest is not None else "there is no earlier one"
         )
@@ -370,7 +336,7 @@ class Checkpointer:
         if must_succeed or self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise CheckpointError(
                 f"{text}. {self._num_failures} save(s) failed in a row, so the run stops. Make room or repair "
-                "the disk, then start the same command again: it resumes from the newest committed checkpoint."
+                "the disk, then start the same command again: it resumes from the newest committed step."
             )
 
     # Loading.
@@ -381,7 +347,7 @@ class Checkpointer:
         notes += [("checkpoint_skipped", f"skipped {name}: {reason}") for name, reason in found.skipped]
         if found.newest is not None:
             folder = self._store.path(found.newest)
-            old = compose.load(folder / CONFIG_NAME)
+            old = compose.load(folder / files.CONFIG_NAME)
             changes = resume_rules.diff(old, self._config)
             changes.require_resumable(str(folder))
             notes += [("resume", f"changed since the checkpoint: {change}") for change in changes.changes]
@@ -396,65 +362,14 @@ class Checkpointer:
         theirs = marker.about.get("distributed_optimizer", ours)
         if theirs != ours:
             raise CheckpointError(
-                f"{folder} was saved with parallel.distributed_optimizer={theirs}, this run has {ours}: the two "
-                f"lay out optimizer state differently. Set parallel.distributed_optimizer={theirs} to continue, "
-                "or start a new stage from its weights with run.init_from."
+                f"{folder} was saved with parallel.distributed_optimizer={theirs}, this run has {ours}: the "
+                f"optimizer state is laid out differently. Set it to {theirs} to continue, or start a new stage "
+                "from its weights with run.init_from."
             )
-
-    def _rng_name(self) -> str:
-        return f"rng/rank_{self._groups.rank:05d}.pt"
-
-    def _restore_rng(self, marker: Marker, folder: Path) -> None:
-        here = self._about()
-        names = ("world_size", "tensor_size", "pipeline_size", "virtual_pipeline_size", "context_size")
-        changed = [
-            f"{name} {marker.about.get(name)} -> {here[name]}"
-            for name in names
-            if marker.about.get(name) != here[name]
-        ]
-        if changed:
-            self._tell(
-                "resume",
-                f"the layout changed ({', '.join(changed)}): random generators start from run.seed. The data "
-                "order does not depend on them; results agree to rounding, not to the bit",
-            )
-            return
-        # Our own file, whose hash was just compared; numpy's state is not among the types weights_only allows.
-        training_state.restore_rng(torch.load(folder / self._rng_name(), weights_only=False))
-
-    # Agreement between processes.
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         if self._groups.rank == 0:
             self._notify(kind, text, **fields)
-
-    def _attempt(self, call: Callable[[], Any]) -> str | None:
-        """Run on process 0; None, or what the operating system refused, on all processes."""
-
-        def attempt() -> str | None:
-            try:
-                call()
-            except OSError as error:
-                return str(error)
-            return None
-
-        return self._on_rank_0(attempt)
-
-    def _on_rank_0(self, call: Callable[[], _T]) -> _T:
-        """The result of a call on process 0, on all processes; an error of it is raised on all."""
-        box: list[Any] = [None, None]
-        if self._groups.rank == 0:
-            try:
-                box[0] = call()
-            except Exception as error:
-                if self._groups.world_size == 1:
-                    raise
-                box[1] = error
-        if self._groups.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self._groups.device)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
 
 
 def check_data_order(saved: TrainState, current: Mapping[str, Any]) -> None:

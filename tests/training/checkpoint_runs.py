@@ -1,0 +1,161 @@
+"""Tiny runs for the tests of checkpoints: steps that show every lost bit, scripts to be killed."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from phsa_megatron.config import compose
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import AttentionKind, Dtype, SourceConfig, TrainConfig
+from phsa_megatron.parallel.groups import initialize
+from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.optimizer import build_parts, set_hyperparameters
+from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
+
+# Everything below the guard: megatron's save starts a process that imports the main script.
+SCRIPT_PROLOGUE = """
+import sys
+if __name__ == "__main__":
+    sys.path[:0] = [{root_tests!r}, {tests!r}]
+    import conftest
+    from pathlib import Path
+    import checkpoint_runs as t
+"""
+
+
+def tiny_config(root: Path, **sections) -> TrainConfig:
+    """A model of some thousand weights; `sections` are changes as `section={key: value}`."""
+    config = TrainConfig()
+    values = {
+        "run": {"name": "tiny", "root_dir": str(root), "train_steps": 40, "dtype": Dtype.fp32},
+        "model": {
+            "name": "tiny", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_query_heads": 4,
+            "num_kv_heads": 2, "head_dim": 8, "vocab_size": 120, "vocab_pad_multiple": 16,
+        },
+        "attention": {"kind": AttentionKind.dense},
+        "data": {
+            "name": "none", "seq_len_tokens": 32, "tokenizer_file": "none.json",
+            "sources": {"a": SourceConfig(weight=1.0, domain="a", train_prefix="a")},
+        },
+        "optim": {
+            "global_batch_sequences": 2, "micro_batch_sequences": 1, "lr": 1e-2, "warmup_steps": 4,
+            "decay_steps": 8,
+        },
+        "checkpoint": {"save_every_steps": 1, "keep_last": 3},
+        "cluster": {"name": "test"},
+    }  # fmt: skip
+    for section in (values, sections):
+        for name, changes in section.items():
+            for key, value in changes.items():
+                setattr(getattr(config, name), key, value)
+    return config
+
+
+def train(parts, state: TrainState, num_steps: int) -> list[float]:
+    """Steps whose gradients come from torch's global generator: right only if that is restored too."""
+    norms = []
+    for _ in range(num_steps):
+        parts.zero_grad()
+        for _, parameter in parts.named_parameters():
+            parameter.main_grad.copy_(
+                torch.randn(parameter.shape) + float(np.random.rand()) + random.random()
+            )
+        for chunk in parts.model:
+            chunk.start_grad_sync()
+            chunk.finish_grad_sync()
+        set_hyperparameters(parts, state.consumed_sequences + 2)
+        _, norm, _ = parts.optimizer.step()
+        norms.append(float(norm))
+        state.step += 1
+        state.consumed_sequences += 2
+    return norms
+
+
+def fingerprint(parts) -> dict[str, bytes]:
+    """All bytes that a resume has to bring back: weights, moments, step counters, generators."""
+    content = {f"weight {name}": as_bytes(value) for name, value in parts.named_parameters()}
+    for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        for group, values in enumerate(part.optimizer.param_groups):
+            content[f"step {group}"] = repr(values.get("step")).encode()
+            for i, parameter in enumerate(values["params"]):
+                content[f"main {group}.{i}"] = as_bytes(parameter)
+                for key, value in part.optimizer.state.get(parameter, {}).items():
+                    content[f"{key} {group}.{i}"] = as_bytes(value)
+    content["scheduler"] = repr(sorted(parts.scheduler.state_dict().items())).encode()
+    content["rng"] = rng_digest(capture_rng()).encode()
+    return content
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Events(list):
+    """Collects what a Checkpointer tells."""
+
+    def __call__(self, kind, text, **fields):
+        self.append((kind, text))
+
+    def kinds(self):
+        return [kind for kind, _ in self]
+
+    def text(self, kind):
+        return "\n".join(text for found, text in self if found == kind)
+
+
+class Run:
+    """One process's run: groups, parts, checkpointer. Closed groups make room for the next."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.folder = RunFolder.of(config)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.config_file.write_text(compose.dump(config))
+        self.groups = initialize(config)
+        self.parts = build_parts(config, self.groups)
+        self.events = Events()
+        self.checkpointer = Checkpointer(self.folder, config, self.groups, self.events)
+        self.state = TrainState()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.groups.close()
+
+    def train(self, num_steps):
+        return train(self.parts, self.state, num_steps)
+
+    def save(self, **options):
+        return self.checkpointer.save(self.parts, self.state, **options)
+
+    def load(self, **options):
+        self.state = self.checkpointer.load_latest(self.parts, **options)
+        return self.state
+
+
+def script_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def write_script(tmp_path, script, **values):
+    tests = Path(__file__).parent
+    path = tmp_path / "script.py"
+    path.write_text(
+        script.format(tests=str(tests), root_tests=str(tests.parent), root=str(tmp_path / "runs"), **values)
+    )
+    return path
+
+
+def run_script(tmp_path, script, **values) -> str:
+    path = write_script(tmp_path, script, **values)
+    result = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env=script_environment(), timeout=200
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
