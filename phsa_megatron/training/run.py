@@ -119,6 +119,8 @@ class Run:
 class Meter:
     """Adds up time, tokens and what else is reported per record, between two records.
 
+    The clock of training stands still in evaluations and saves; the run's wall time does not.
+
     Args:
         throughput: turns seconds and tokens into speed.
     """
@@ -130,6 +132,7 @@ class Meter:
         self._num_steps = 0
         self._training_s = 0.0
         self._since_s: float | None = None
+        self._wall_since_s = time.perf_counter()
 
     def start(self) -> None:
         """Starts the clock of training; a running one goes on."""
@@ -137,7 +140,7 @@ class Meter:
             self._since_s = time.perf_counter()
 
     def stop(self, state: TrainState) -> None:
-        """Stops the clock, and adds what it showed to the run's wall time."""
+        """Stops the clock of training, and brings the run's wall time up to date."""
         self._take(state)
         self._since_s = None
 
@@ -166,11 +169,12 @@ class Meter:
         return values
 
     def _take(self, state: TrainState) -> None:
+        now_s = time.perf_counter()
         if self._since_s is not None:
-            now_s = time.perf_counter()
             self._training_s += now_s - self._since_s
-            state.wall_s += now_s - self._since_s
             self._since_s = now_s
+        state.wall_s += now_s - self._wall_since_s
+        self._wall_since_s = now_s
 
 
 @contextmanager
