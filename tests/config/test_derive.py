@@ -18,9 +18,9 @@ def test_values_of_the_demo_by_hand(demo):
     assert d.warmup_sequences == 40 * 8
     assert d.decay_sequences == 100 * 8
     assert d.max_documents_per_sequence == 32
-    per_layer = 192 * (192 + 64 + 64 + 192) + 3 * 192 * 512 + 2 * 192 + 2 * 32
+    per_layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384 + 2 * 128 + 2 * 32
     assert d.parameters.per_layer == per_layer
-    assert d.parameters.total == 4 * per_layer + 192 + 8192 * 192
+    assert d.parameters.total == 4 * per_layer + 128 + 8192 * 128
     assert d.flops_per_token_selected < d.flops_per_token_dense
 
 

@@ -1,8 +1,8 @@
 """A short run on the CPU whose numbers must not move by one bit: how it is run, where its record lies.
 
-`python tests/e2e/golden_curve.py` records it again and prints what moved. Arithmetic libraries are held to code
-paths that every x86 machine has, so that one record serves them all; a record is keyed by the torch version and
-the capability that torch reports under that rule.
+`python tests/e2e/golden_curve.py` records it again and prints what moved. Arithmetic libraries are held to
+code paths that every x86 machine has, so that one record serves them all; a record is keyed by the torch
+version and the capability that torch reports under that rule.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
 def key() -> str:
     """Return what a record is valid for: torch version and CPU capability under the pinned rule."""
     program = (
-        "import torch; print(torch.__version__.split('+')[0], torch.backends.cpu.get_cpu_capability().lower())"
+        "import torch;print(torch.__version__.split('+')[0], torch.backends.cpu.get_cpu_capability().lower())"
     )
     out = subprocess.run(
         [sys.executable, "-c", program], env=environment(), check=True, capture_output=True, text=True
@@ -106,7 +106,8 @@ def main() -> None:
     for step, (before, after) in enumerate(zip(old, rows, strict=False), 1):
         for name in KEYS:
             if before[name] != after[name]:
-                print(f"step {step} {name}: {float.fromhex(before[name])!r} -> {float.fromhex(after[name])!r}")
+                moved = (float.fromhex(row[name]) for row in (before, after))
+                print(f"step {step} {name}: {' -> '.join(map(repr, moved))}")
     path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     print(f"recorded {len(rows)} steps in {path.relative_to(ROOT)}")
 

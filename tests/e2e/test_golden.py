@@ -22,8 +22,8 @@ def test_the_curve_is_the_recorded_one() -> None:
     assert len(recorded) == golden_curve.NUM_STEPS
     for step, (expected, actual) in enumerate(zip(recorded, golden_curve.run(), strict=True), 1):
         assert actual == expected, (
-            f"step {step} moved: {expected} -> {actual}. If numerics were meant to change, add a CHANGELOG entry "
-            f"under Numerics and {HOW_TO_RECORD}"
+            f"step {step} moved: {expected} -> {actual}. If numerics were meant to change, add a CHANGELOG "
+            f"entry under Numerics and {HOW_TO_RECORD}"
         )
 
 

@@ -62,7 +62,8 @@ def test_wheel_holds_three_packages_and_the_recipes(built: Path) -> None:
 
 def test_source_archive_builds_from_itself(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     assert {"pyproject.toml", "LICENSE", "README.md", "recipes/train.yaml"} <= names
 
 
