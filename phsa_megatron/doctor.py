@@ -32,13 +32,14 @@ TRAIN_EXTRA = "pip install 'phsa-megatron[train]'"
 GPU_EXTRA = "pip install 'phsa-megatron[gpu]'"
 TE_EXTRA = "pip install --no-build-isolation 'phsa-megatron[te]'"
 BASE = "pip install phsa-megatron"
+TE_PARTS = ("", "-cu12", "-cu13", "-torch")
 MIN_PYTHON = (3, 11)
 MIN_DISK_GIB = 5.0
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A distribution: its versions, what for, the command that installs it, and whether every run needs it."""
+    """A distribution: its versions, what for, how it is installed, and whether every run needs it."""
 
     specifier: str
     purpose: str
@@ -175,10 +176,11 @@ def check_gpus() -> list[Check]:
     values = result.values
     build = f"torch built for CUDA {values['cuda']}" if values["cuda"] else "torch built for the CPU only"
     if values["devices"]:
-        found = f"{len(values['devices'])}: {'; '.join(sorted(set(values['devices'])))}; driver {values['driver']}"
-        gpus = Check("gpus", Status.ok, f"{found}; {build}", purpose)
+        kinds = "; ".join(sorted(set(values["devices"])))
+        found = f"{len(values['devices'])}: {kinds}; driver {values['driver']}; {build}"
+        gpus = Check("gpus", Status.ok, found, purpose)
     elif values["boards"]:
-        fix = "install a torch built for CUDA (pytorch.org/get-started) and unset CUDA_VISIBLE_DEVICES if it is empty"
+        fix = "install a torch built for CUDA; unset CUDA_VISIBLE_DEVICES if it is set and empty"
         found = f"{values['boards']} with driver {values['driver']}, but torch sees none; {build}"
         gpus = Check("gpus", Status.wrong, found, purpose, fix)
     else:
@@ -208,7 +210,7 @@ return {"version": megatron.core.__version__}
 
 
 def check_transformer_engine() -> Check:
-    """Check Transformer Engine: half of it is worse than none, because megatron-core then cannot be imported."""
+    """Check Transformer Engine: half of it is worse than none, as megatron-core then cannot be imported."""
     name = "transformer-engine"
     purpose = "FP8, fused layers and context parallelism of dense attention; optional"
     if importlib.util.find_spec("transformer_engine") is None:
@@ -219,11 +221,13 @@ def check_transformer_engine() -> Check:
     )
     if result.values is not None:
         return Check(name, Status.ok, result.values["version"], purpose)
-    remove = "pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch"
+    remove = f"pip uninstall {' '.join('transformer-engine' + part for part in TE_PARTS)}"
     if result.error_type in {"ImportError", "ModuleNotFoundError"}:
         found = f"installed in part, not used ({result.failure()})"
         return Check(name, Status.wrong, found, purpose, f"{TE_EXTRA}, or remove it: {remove}")
-    found = f"half-working: {result.failure()}. megatron-core guards against ImportError only, so this stops every run"
+    found = (
+        f"half-working: {result.failure()}. megatron-core only expects an ImportError: this stops every run"
+    )
     return Check(name, Status.wrong, found, purpose, f"remove it: {remove}", required=True)
 
 
@@ -342,5 +346,6 @@ def main(argv: list[str]) -> int:
         rows = [dataclasses.asdict(check) for check in checks]
         print(json.dumps({"cpu_run_works": works, "checks": rows}, indent=2))
     else:
-        render(checks, Console())
+        # In a log file there is no width to fit into; rich would assume 80 columns and fold every line.
+        render(checks, Console(width=None if sys.stdout.isatty() else 140))
     return 0 if works else 1

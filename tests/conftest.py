@@ -31,24 +31,24 @@ def single_process_groups() -> Iterator[Groups]:
     groups.close()
 
 
-@pytest.fixture
+def _tiny_config(**overrides: object) -> TrainConfig:
+    config = TrainConfig()
+    config.run.dtype = Dtype.fp32
+    model, attention = config.model, config.attention
+    model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 48, 64
+    model.num_query_heads, model.num_kv_heads, model.head_dim = 6, 2, 8
+    model.vocab_size, model.vocab_pad_multiple = 100, 16
+    attention.block_tokens, attention.init_tokens, attention.local_tokens = 4, 4, 8
+    config.data.seq_len_tokens = 64
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        target = getattr(config, section)
+        assert is_dataclass(target) and name in {field.name for field in fields(target)}, key
+        setattr(target, name, value)
+    return config
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., TrainConfig]:
-    """Returns a builder of small fp32 recipes: `tiny_config(attention__train_topk=1, model__num_layers=4)`."""
-
-    def build(**overrides: object) -> TrainConfig:
-        config = TrainConfig()
-        config.run.dtype = Dtype.fp32
-        model, attention = config.model, config.attention
-        model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 48, 64
-        model.num_query_heads, model.num_kv_heads, model.head_dim = 6, 2, 8
-        model.vocab_size, model.vocab_pad_multiple = 100, 16
-        attention.block_tokens, attention.init_tokens, attention.local_tokens = 4, 4, 8
-        config.data.seq_len_tokens = 64
-        for key, value in overrides.items():
-            section, name = key.split("__")
-            target = getattr(config, section)
-            assert is_dataclass(target) and name in {field.name for field in fields(target)}, key
-            setattr(target, name, value)
-        return config
-
-    return build
+    """Returns a builder of small fp32 recipes: `tiny_config(attention__train_topk=1)`."""
+    return _tiny_config

@@ -129,10 +129,10 @@ def test_a_broken_transformer_engine_breaks_the_import_of_megatron(fake_packages
 @pytest.mark.parametrize(
     ("values", "statuses", "says"),
     [
-        ({"cuda": None, "devices": [], "nccl": None, "driver": "none (NVML Shared Library Not Found)", "boards": 0},
+        ({"cuda": None, "devices": [], "nccl": None, "driver": "none (NVML not found)", "boards": 0},
          ["absent", "absent"], "none; driver none"),
-        ({"cuda": "13.0", "devices": ["H100, 78 GiB, sm_90"] * 2, "nccl": "2.28.3", "driver": "580.1", "boards": 2},
-         ["ok", "ok"], "2: H100, 78 GiB, sm_90; driver 580.1; torch built for CUDA 13.0"),
+        ({"cuda": "13.0", "devices": ["H100, 78 GiB"] * 2, "nccl": "2.28.3", "driver": "580.1", "boards": 2},
+         ["ok", "ok"], "2: H100, 78 GiB; driver 580.1; torch built for CUDA 13.0"),
         ({"cuda": None, "devices": [], "nccl": None, "driver": "580.1", "boards": 8},
          ["wrong", "absent"], "8 with driver 580.1, but torch sees none; torch built for the CPU only"),
     ],

@@ -174,10 +174,6 @@ class DenseCoreAttention(_DocumentAttention):
     """
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
-        group = query.shape[1] // key.shape[1]
-        if group > 1:
-            # SDPA's own enable_gqa leaves the CPU's flash kernel; repeating heads costs less than that.
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
         documents = [
             scaled_dot_product_attention(
@@ -186,6 +182,7 @@ class DenseCoreAttention(_DocumentAttention):
                 v[:, :, start:end],
                 is_causal=True,
                 scale=self.softmax_scale,
+                enable_gqa=query.shape[1] > key.shape[1],
             )
             for start, end in side_info.document_bounds()
         ]

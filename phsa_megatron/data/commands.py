@@ -198,7 +198,7 @@ def _composed(overrides: list[str], recipes_dir: Path | None) -> TrainConfig:
     from phsa_megatron.config.compose import compose
     from phsa_megatron.config.validate import validate
 
-    config = compose(overrides, recipes_dir).config
+    config: TrainConfig = compose(overrides, recipes_dir).config
     validate(config)
     return config
 

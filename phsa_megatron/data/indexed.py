@@ -50,7 +50,7 @@ class IndexedSource:
                 f"tokenizer it was prepared with, or prepare the text again with this one."
             )
         self._dataset = IndexedDataset(self.prefix)
-        self.lengths: np.ndarray = self._dataset.sequence_lengths
+        self.lengths = np.array(self._dataset.sequence_lengths)
         self.offsets = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, dtype=np.int64, out=self.offsets[1:])
         self._check_counts()
@@ -67,8 +67,9 @@ class IndexedSource:
         return int(self.offsets[-1])
 
     def tokens(self, document: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Return ids of a document from token `first` on: [count], in the file's dtype, read-only."""
-        return self._dataset.get(document, offset=first, length=count)
+        """Return ids of a document from token `first` on: [count], in the file's dtype, a copy."""
+        # A copy: megatron unmaps the file when its data set is dropped, under any array that still shows it.
+        return np.array(self._dataset.get(document, offset=first, length=count))
 
     def verify_content(self) -> None:
         """Read both files whole and compare their hashes with the .json file.

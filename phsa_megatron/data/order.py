@@ -1,5 +1,4 @@
-"""The order of a run's sequences: opened from its configuration, with a fingerprint of all that determines "
-"it."""
+"""The order of a run's sequences, opened from its configuration, with a fingerprint of its ingredients."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def configure(tokenizer: Tokenizer) -> None:
     tokenizer.post_processor = processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
 
 
 def build_qwen3() -> Tokenizer:

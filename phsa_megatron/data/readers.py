@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import zstandard
 
@@ -167,14 +167,13 @@ def _decoded(content: bytes, where: str) -> Record | BadRecord:
 def _lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
     number = shard.first_line
     try:
-        with _open(shard) as stream:
-            position = shard.first
-            for line in stream:
-                yield number, line
-                number += 1
-                position += len(line)
-                if position == shard.last:
-                    return
+        position = shard.first
+        for line in _raw_lines(shard):
+            yield number, line
+            number += 1
+            position += len(line)
+            if position == shard.last:
+                return
     except _DAMAGED as error:
         raise DataError(
             f"{shard.path} is damaged after line {number - 1}: {error}. Its other lines cannot be read; "
@@ -182,17 +181,39 @@ def _lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def _open(shard: Shard) -> BinaryIO:
+def _raw_lines(shard: Shard) -> Iterator[bytes]:
     match shard.ending:
         case ".jsonl.gz":
-            return cast(BinaryIO, gzip.open(shard.path, "rb"))
+            with gzip.open(shard.path, "rb") as stream:
+                yield from stream
         case ".jsonl.xz":
-            return cast(BinaryIO, lzma.open(shard.path, "rb"))
+            with lzma.open(shard.path, "rb") as stream:
+                yield from stream
         case ".jsonl.zst":
-            return cast(BinaryIO, zstandard.open(shard.path, "rb"))
-    stream = open(shard.path, "rb")  # noqa: SIM115 - the caller closes it
-    stream.seek(shard.first)
-    return stream
+            yield from _zstandard_lines(Path(shard.path))
+        case _:
+            with Path(shard.path).open("rb") as stream:
+                stream.seek(shard.first)
+                yield from stream
+
+
+def _zstandard_lines(path: Path) -> Iterator[bytes]:
+    """Yield lines over all frames; unlike zstandard's own stream, a frame that is cut off is an error."""
+    frame = None
+    rest = b""
+    with path.open("rb") as stream:
+        while compressed := stream.read(_READ_BYTES):
+            while compressed:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                lines = (rest + frame.decompress(compressed)).split(b"\n")
+                rest = lines.pop()
+                yield from (line + b"\n" for line in lines)
+                compressed = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame is cut off")
+    if rest:
+        yield rest
 
 
 def _from_json(line: bytes, text_field: str, where: str) -> Record | BadRecord:

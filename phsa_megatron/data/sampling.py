@@ -8,7 +8,7 @@ How it is computed (`ALGORITHM` names this version; change it when you change an
 1. A source and an epoch give a permutation of the source's documents. The documents, concatenated in that
    order, are a stream of T tokens, cut at every S tokens into sequences of S + 1 tokens: inputs, and labels
    one further. There are (T - 1) // S of them; the up to S tokens of the tail are not trained on in this
-   epoch, and since each epoch permutes anew, they are other tokens in the next one.
+   epoch, and since each epoch permutes anew, hardly ever the same ones in the next.
 2. The sequences of an epoch are visited in a second permutation.
 3. Sources are mixed in cycles of `CYCLE` sequences. With cumulative shares W_0 = 0 .. W_n = 1 and an offset u
    in [0, 1) that belongs to the cycle, source s gets ceil(W_s * CYCLE - u) - ceil(W_{s-1} * CYCLE - u) of

@@ -13,9 +13,9 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from phsa_megatron.config.errors import DataError
 from phsa_megatron.data.manifest import FileRecord, write_json_durably
-from phsa_megatron.data.readers import BadRecord, Shard, read
+from phsa_megatron.data.readers import BadRecord, Record, Shard, read
 from phsa_megatron.data.tokenizer import Tokenizer
 
 BAD_RECORDS_KEPT = 100
@@ -103,55 +103,68 @@ def encode_shard(shard: Shard, text_field: str, dtype: str, stem: Path, tokenize
     Raises:
         DataError: the file cannot be read on, or there is no space left.
     """
-    lengths: list[int] = []
-    bad: list[str] = []
-    num_bad = num_empty = text_num_bytes = 0
-    waiting: list[str] = []
     bin_path, len_path = _file(stem, ".bin"), _file(stem, ".len")
     temporary = _file(stem, ".bin.tmp")
-
     with full_disk_is_a_data_error(bin_path):
         with temporary.open("wb") as stream:
-
-            def write_waiting() -> None:
-                for ids in tokenizer.encode_batch(waiting):
-                    stream.write(np.array([*ids, tokenizer.eod_id], dtype=dtype).tobytes())
-                    lengths.append(len(ids) + 1)
-                waiting.clear()
-
-            num_characters = 0
-            for record in read(shard, text_field):
-                if isinstance(record, BadRecord):
-                    num_bad += 1
-                    if len(bad) < BAD_RECORDS_KEPT:
-                        bad.append(str(record))
-                elif not record.text:
-                    num_empty += 1
-                else:
-                    waiting.append(record.text)
-                    text_num_bytes += len(record.text.encode("utf-8"))
-                    num_characters += len(record.text)
-                    if num_characters >= _BATCH_CHARACTERS:
-                        write_waiting()
-                        num_characters = 0
-            write_waiting()
+            tally = _write_documents(stream, read(shard, text_field), dtype, tokenizer)
             _sync(stream)
         temporary.replace(bin_path)
         with len_path.open("wb") as stream:
-            stream.write(np.array(lengths, dtype=np.int32).tobytes())
+            stream.write(np.array(tally.lengths, dtype=np.int32).tobytes())
             _sync(stream)
         result = ShardResult(
-            num_documents=len(lengths),
-            num_tokens=sum(lengths),
-            text_num_bytes=text_num_bytes,
-            num_empty_documents=num_empty,
-            num_bad_records=num_bad,
-            bad_records=bad,
+            num_documents=len(tally.lengths),
+            num_tokens=sum(tally.lengths),
+            text_num_bytes=tally.text_num_bytes,
+            num_empty_documents=tally.num_empty,
+            num_bad_records=tally.num_bad,
+            bad_records=tally.bad,
             bin_file=FileRecord.of(bin_path),
             len_file=FileRecord.of(len_path),
         )
         write_json_durably(_file(stem, ".json"), dataclasses.asdict(result))
     return result
+
+
+@dataclass
+class _Tally:
+    lengths: list[int] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    num_bad: int = 0
+    num_empty: int = 0
+    text_num_bytes: int = 0
+
+
+def _write_documents(
+    stream: BinaryIO, records: Iterable[Record | BadRecord], dtype: str, tokenizer: Tokenizer
+) -> _Tally:
+    tally = _Tally()
+    waiting: list[str] = []
+    num_characters = 0
+
+    def write_waiting() -> None:
+        for ids in tokenizer.encode_batch(waiting):
+            stream.write(np.array([*ids, tokenizer.eod_id], dtype=dtype).tobytes())
+            tally.lengths.append(len(ids) + 1)
+        waiting.clear()
+
+    for record in records:
+        if isinstance(record, BadRecord):
+            tally.num_bad += 1
+            if len(tally.bad) < BAD_RECORDS_KEPT:
+                tally.bad.append(str(record))
+        elif not record.text:
+            tally.num_empty += 1
+        else:
+            waiting.append(record.text)
+            tally.text_num_bytes += len(record.text.encode("utf-8"))
+            num_characters += len(record.text)
+            if num_characters >= _BATCH_CHARACTERS:
+                write_waiting()
+                num_characters = 0
+    write_waiting()
+    return tally
 
 
 def finished_result(stem: Path) -> ShardResult | None:

@@ -154,7 +154,8 @@ def _unigram(
     for name, source in sources.items():
         for ids, _ in _chunks(source):
             counts += scales[name] * np.bincount(ids, minlength=vocab_size)
-    return (counts + 1.0) / (counts.sum() + vocab_size)
+    smoothed: np.ndarray = (counts + 1.0) / (counts.sum() + vocab_size)
+    return smoothed
 
 
 def _bigram_loss(
@@ -175,4 +176,5 @@ def _bigram_loss(
             hits = places[pairs[places] == keys]
             pair_counts += scales[name] * np.bincount(hits, minlength=len(pairs))
     numerator = pair_counts[which] + BIGRAM_PRIOR * unigram[every.target]
-    return -np.log(numerator / (context_counts[every.context] + BIGRAM_PRIOR))
+    loss: np.ndarray = -np.log(numerator / (context_counts[every.context] + BIGRAM_PRIOR))
+    return loss

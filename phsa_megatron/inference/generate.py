@@ -113,7 +113,8 @@ def _next_logits(
         forward_step_func=forward_step,
         data_iterator=[None for _ in model],
         model=list(model),
-        num_microbatches=1,
+        # megatron's interleaved schedule needs as many micro-batches as stages; they are all this one.
+        num_microbatches=config.parallel.pipeline_size if len(model) > 1 else 1,
         seq_length=length,
         micro_batch_size=1,
         forward_only=True,

@@ -49,7 +49,7 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
         prediction = mtp_block_spec(
             megatron_config, lambda depth: _layer(config, depth), norm=RMSNorm, vp_stage=vp_stage
         )
-    return GPTModel(
+    gpt = GPTModel(
         config=megatron_config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
@@ -63,6 +63,11 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    if prediction is not None and model.tie_embeddings and not gpt.pre_process:
+        # With prediction layers the last stage has the shared embedding as its output weight. megatron
+        # allocates an output weight all the same, which nothing reads, and then refuses to save the model.
+        gpt.output_layer.weight = None
+    return gpt
 
 
 def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:

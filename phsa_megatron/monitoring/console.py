@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
@@ -15,7 +16,8 @@ from phsa_megatron.config.schema import TrainConfig
 class Console:
     """Shows step, loss, learning rate, gradient norm, speed, utilization and time left; only rank 0 prints.
 
-    On a terminal the values stand in one live line and messages scroll above it. In a log file each step is a line.
+    On a terminal the values stand in one live line and messages scroll above it. In a log file each
+    step is a line.
     """
 
     def __init__(
@@ -24,7 +26,7 @@ class Console:
         """Choose between the live line and plain lines.
 
         Args:
-            config: `monitoring.progress=false` gives plain lines on a terminal too; `run.name` labels the bar.
+            config: `monitoring.progress=false` gives plain lines on a terminal too; `run.name` labels it.
             total_steps: Optimizer steps of the whole run.
             rank: Global rank of this process; any rank but 0 prints nothing.
             terminal: Where to print; None is standard output.
@@ -97,10 +99,10 @@ def format_step(step: int, total_steps: int, values: dict[str, float]) -> str:
         values: Metrics by name.
 
     Returns:
-        For example `step  120/1500  loss 5.1234  lr 1.00e-03  grad 0.87  12.3k tok/s  mfu 41.2%  eta 0:03:10`.
+        For example `step  120/1500  loss 5.1234  lr 1.00e-03  grad 0.87  12.3k tok/s  eta 0:03:10`.
     """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    formats = {
+    formats: dict[str, Callable[[float], str]] = {
         "train/loss_nats": lambda value: f"loss {value:.4f}",
         "val/loss_nats": lambda value: f"val {value:.4f}",
         "optim/lr": lambda value: f"lr {value:.2e}",

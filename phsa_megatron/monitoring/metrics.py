@@ -42,7 +42,7 @@ class Metric:
         return self._pattern().fullmatch(name) is not None
 
     def capture(self, name: str) -> str | None:
-        """Return what stands at the row's placeholder in `name`, None if there is no match or no placeholder."""
+        """Return what stands at the row's placeholder in `name`, None without a match or a placeholder."""
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
@@ -132,8 +132,8 @@ METRICS: dict[str, Metric] = {
             "attention/layer_<n>/selected_mass_frac",
             "fraction",
             _EVAL_MEAN,
-            "Share of the attention probability that lies on the selected (top-k) blocks, outside the init and "
-            "local windows, in layer n counted from 1.",
+            "Share of the attention probability that lies on the selected (top-k) blocks, outside the init "
+            "and local windows, in layer n counted from 1.",
         ),
         Metric(
             "attention/layer_<n>/attended_key_frac",
@@ -197,8 +197,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full precision to "
-        "`metrics.jsonl` in the run folder, and from there to W&B, `report.html` and the console.",
+        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full "
+        "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",
         "|---|---|---|---|",

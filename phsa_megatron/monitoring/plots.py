@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ _MAX_POINTS = 800
 WIDE_INCHES = (9.6, 3.4)
 NARROW_INCHES = (5.2, 3.0)
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys as one long Literal
     "svg.fonttype": "none",
     "svg.hashsalt": "phsa-megatron",
     "font.size": 9,
@@ -83,8 +84,8 @@ class Curves:
 def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> str:
     """Draw curves over the steps.
 
-    Long curves are thinned to bucket means with a band from the smallest to the largest value of each bucket, so
-    a spike stays visible. Non-finite values leave a gap.
+    Long curves are thinned to bucket means with a band from the smallest to the largest value of each
+    bucket, so a spike stays visible. Non-finite values leave a gap.
 
     Args:
         curves: What to draw; every line has at least one point.
@@ -115,7 +116,7 @@ def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> 
         return _to_svg(figure, curves.name)
 
 
-def draw_layer_bars(name: str, layers: Sequence[int], shares: dict[str, Sequence[float]]) -> str:
+def draw_layer_bars(name: str, layers: Sequence[int], shares: Mapping[str, Sequence[float]]) -> str:
     """Draw shares by layer as grouped bars.
 
     Args:
@@ -175,14 +176,14 @@ def draw_heat_map(
         axes.set_xlabel("step of the evaluation")
         axes.set_ylabel("layer")
         bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.set_label("%", color=MUTED)
         return _to_svg(figure, name)
 
 
 def thin(
     steps: Sequence[int], values: Sequence[float], max_points: int = _MAX_POINTS
-) -> list[tuple[float, ...]]:
+) -> list[tuple[float, float, float, float]]:
     """Reduce a curve to at most `max_points` buckets.
 
     Args:
@@ -191,7 +192,8 @@ def thin(
         max_points: Largest number of buckets.
 
     Returns:
-        One (mean step, mean, smallest, largest) a bucket; all NaN but the step where a bucket has no finite value.
+        One (mean step, mean, smallest, largest) a bucket; all NaN but the step where a bucket has no finite
+        value.
     """
     bucket = math.ceil(len(steps) / max_points)
     points = []

@@ -35,9 +35,10 @@ _RECORDED_PACKAGES = (
 class Recorder:
     """The one place metrics and events go through; only rank 0 writes.
 
-    Every record is handed to the operating system before the call returns, so a killed process loses none. A record
-    that cannot be written (a full disk, a folder that is gone) raises `TrainingError`: a run whose numbers are lost
-    could not save its weights either, and nobody would see it go wrong. W&B never raises once it has started.
+    Every record is handed to the operating system before the call returns, so a killed process loses none. A
+    record that cannot be written (a full disk, a folder that is gone) raises `TrainingError`: a run whose
+    numbers are lost could not save its weights either, and nobody would see it go wrong. W&B never raises
+    once it has started.
     """
 
     def __init__(self, folder: RunFolder, config: TrainConfig, derived: Derived, *, rank: int) -> None:
@@ -90,9 +91,10 @@ class Recorder:
         """Record that something happened.
 
         Args:
-            kind: What happened. The report knows `start`, `resume`, `checkpoint_requested`, `checkpoint_committed`,
-                `stop_request`, `evaluation`, `baselines` (`unigram_entropy_nats`, `bigram_entropy_nats`), `sample`
-                (`prompt`, `text`), `error` (`text`) and `end` (`reason`), and lists any other kind with its fields.
+            kind: What happened. The report knows `start`, `resume`, `checkpoint_requested`,
+                `checkpoint_committed`, `stop_request`, `evaluation`, `baselines` (`unigram_entropy_nats`,
+                `bigram_entropy_nats`), `sample` (`prompt`, `text`), `error` (`text`) and `end` (`reason`),
+                and lists any other kind with its fields.
             step: Optimizer steps done at that moment, if there is such a number.
             **fields: JSON values.
 
@@ -134,8 +136,8 @@ class Recorder:
 
 
 def environment() -> dict[str, Any]:
-    """Return where this process runs: host, system, Python, versions of the packages that shape the numbers."""
-    packages = {}
+    """Return where this process runs: host, system, Python, the packages that shape the numbers."""
+    packages: dict[str, str | None] = {}
     for name in _RECORDED_PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
@@ -196,5 +198,6 @@ def _cut_torn_line(path: Path) -> int:
 def _write_error(path: Path, error: OSError) -> TrainingError:
     return TrainingError(
         f"cannot write {path}: {error.strerror or error}. Metrics must not be lost, so training stops here; "
-        "free space or mend the folder and start the same run again: it resumes from the last committed checkpoint."
+        "free space or mend the folder and start the same run again: it resumes from the last committed "
+        "checkpoint."
     )

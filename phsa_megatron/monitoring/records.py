@@ -5,9 +5,9 @@ The file holds one JSON object a line, in the order they were written:
     {"step": 20, "time": 1764000000.0, "values": {"train/loss_nats": 5.1}}     values at a step
     {"event": "checkpoint_committed", "time": 1764000000.0, "step": 20, ...}   something that happened
 
-It is only ever appended to. A launch starts with a `start` event; what the launch logs at step s supersedes every
-value that earlier launches logged at step s or later: those steps were run again after the resume. Superseded
-records stay in the file, for whoever asks what the killed attempt saw.
+It is only ever appended to. A launch starts with a `start` event; what the launch logs at step s supersedes
+every value that earlier launches logged at step s or later: those steps were run again after the resume.
+Superseded records stay in the file, for whoever asks what the killed attempt saw.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float(
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened: its kind, its time (seconds since 1970), the step if there is one, other fields."""
+    """Something that happened: kind, time in seconds since 1970, step if there is one, other fields."""
 
     kind: str
     time: float
@@ -36,7 +36,7 @@ class Event:
 
 @dataclass
 class Launch:
-    """One start of the run's processes: its first and last record (seconds since 1970) and its first logged step."""
+    """One start of the run: when its first and last records were written, and its first logged step."""
 
     start_time: float
     last_time: float
@@ -84,8 +84,8 @@ def read_records(path: Path) -> Records:
         path: `metrics.jsonl` of a run folder.
 
     Returns:
-        What counts: see the module's page. A last line without a line end is still being written (or was torn by a
-        kill) and is left out.
+        What counts: see the module's page. A last line without a line end is still being written (or was
+        torn by a kill) and is left out.
 
     Raises:
         DataError: The file is missing, or a complete line is not a record.
@@ -97,32 +97,36 @@ def read_records(path: Path) -> Records:
             f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
         ) from error
     records = Records()
-    this_launch: set[int] = set()
+    earlier_steps: list[int] = []
     for number, line in enumerate(lines, start=1):
         record = _parse(path, number, line)
         if record.get("event") == START_EVENT or not records.launches:
-            this_launch.clear()
+            earlier_steps = sorted(records.values_by_step)
             records.launches.append(Launch(record["time"], record["time"]))
         records.launches[-1].last_time = record["time"]
         if "event" in record:
             records.events.append(_event(record))
         else:
-            _take_values(records, record, this_launch)
+            _take_values(records, record, earlier_steps)
     records.values_by_step = dict(sorted(records.values_by_step.items()))
     return records
 
 
-def _take_values(records: Records, record: dict[str, Any], this_launch: set[int]) -> None:
-    """Merge one values record, dropping what earlier launches logged at its step or later."""
-    step = record["step"]
-    if step not in this_launch:
-        stale = [s for s in records.values_by_step if s >= step and s not in this_launch]
-        for stale_step in stale:
-            del records.values_by_step[stale_step], records.time_by_step[stale_step]
-        records.num_superseded_steps += len(stale)
-        this_launch.add(step)
-        if records.launches[-1].first_step is None:
-            records.launches[-1].first_step = step
+def _take_values(records: Records, record: dict[str, Any], earlier_steps: list[int]) -> None:
+    """Merge one values record, dropping what earlier launches logged at its step or later.
+
+    Args:
+        records: What was read so far.
+        record: The record.
+        earlier_steps: Steps that only earlier launches logged, ascending; shortened by what is dropped.
+    """
+    step, launch = record["step"], records.launches[-1]
+    while earlier_steps and earlier_steps[-1] >= step:
+        stale = earlier_steps.pop()
+        del records.values_by_step[stale], records.time_by_step[stale]
+        records.num_superseded_steps += 1
+    if launch.first_step is None:
+        launch.first_step = step
     values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
     records.values_by_step.setdefault(step, {}).update(values)
     records.time_by_step[step] = record["time"]

@@ -84,7 +84,8 @@ def read_run(folder: RunFolder) -> RunData:
         ConfigError: The configuration is missing or damaged.
         DataError: The metrics are missing, or they or the summary are damaged.
     """
-    # The plain file, not the schema: an older run whose settings have since been renamed still gets its report.
+    # The plain file, not the schema: an older run whose settings have since been renamed still gets its
+    # report.
     config = read_yaml(folder.config_file).values
     return RunData(config, read_records(folder.metrics_file), _read_summary(folder.summary_file))
 
@@ -146,11 +147,12 @@ def _subtitle(config: dict[str, Any]) -> str:
         kind += f", init {attention['init_tokens']} + local {attention['local_tokens']}"
     else:
         kind = f"{kind} attention"
-    return f"{kind} · {model['name']} ({model['num_layers']} layers, width {model['hidden_size']}) · {data['name']}"
+    shape = f"{model['num_layers']} layers, width {model['hidden_size']}"
+    return f"{kind} · {model['name']} ({shape}) · {data['name']}"
 
 
 def _status(data: RunData) -> dict[str, str]:
-    """Tell whether the run is over; a run without an end may be running or killed, which its files cannot tell."""
+    """Tell whether the run is over; without an end it runs or was killed, which its files cannot tell."""
     if data.summary is not None:
         return {"kind": "finished", "text": "finished"}
     if not data.records.launches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,11 @@ def figures(config: dict[str, Any], records: Records, baselines: dict[str, float
 
 
 def _restart_steps(records: Records) -> list[int]:
-    """Return the step each later launch went on from."""
-    return [launch.first_step - 1 for launch in records.launches[1:] if launch.first_step is not None]
+    """Return, for each later launch, the last recorded step before its own first one."""
+    steps = sorted(records.values_by_step)
+    firsts = [launch.first_step for launch in records.launches[1:] if launch.first_step is not None]
+    places = [bisect_left(steps, first) for first in firsts]
+    return [steps[place - 1] for place in places if place > 0]
 
 
 def _line(records: Records, name: str, label: str, *, marked: bool = False) -> Line | None:

@@ -1,8 +1,8 @@
 """Speed of training: tokens per second, time left, and the two FLOP numbers, always both.
 
-A sparse attention makes a single "MFU" ambiguous, so there are two numbers with two names: the FLOPs this run's
-attention really needs against what the devices could do (`perf/mfu_selected_frac`), and the FLOPs full causal
-attention would have needed for the same tokens (`perf/dense_equiv_tflops`).
+A sparse attention makes a single "MFU" ambiguous, so there are two numbers with two names: the FLOPs this
+run's attention really needs against what the devices could do (`perf/mfu_selected_frac`), and the FLOPs full
+causal attention would have needed for the same tokens (`perf/dense_equiv_tflops`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class Throughput:
 
         Args:
             derived: FLOPs per token and the size of the run.
-            consumed_tokens: Tokens already trained on: 0, or the resumed state's count. The time left follows from it.
-            peak_tflops: `cluster.peak_tflops`, the peak of one device in TFLOP/s; None leaves utilization out.
+            consumed_tokens: Tokens already trained on: 0, or the resumed state's count. The time left
+                follows from it.
+            peak_tflops: `cluster.peak_tflops`, the peak of one device in TFLOP/s; None leaves utilization
+                out.
         """
         self._derived = derived
         self._consumed_tokens = consumed_tokens
@@ -68,8 +70,8 @@ class Throughput:
             tokens: Tokens of those steps over all processes; more than 0.
 
         Returns:
-            Metrics by name: step time, smoothed tokens/s, time left, both FLOP numbers. The first update of a process
-            holds compilation and warm-up, so it leaves the average as soon as there is a second.
+            Metrics by name: step time, smoothed tokens/s, time left, both FLOP numbers. The first update of
+            a process holds compilation and warm-up, so it leaves the average as soon as there is a second.
 
         Raises:
             ValueError: seconds or tokens is not above 0.
@@ -105,13 +107,14 @@ class Throughput:
             lines.append("perf/mfu_selected_frac is left out: cluster.peak_tflops is not set")
         else:
             lines.append(
-                "perf/mfu_selected_frac = tokens/s x FLOPs per token with this run's attention / devices / peak"
+                "perf/mfu_selected_frac = tokens/s x FLOPs per token with this run's attention / devices / "
+                "peak"
                 f" = tokens/s x {derived.flops_per_token_selected:.4g} / {derived.world_size}"
                 f" / {self._peak_tflops:g}e12"
             )
         lines.append(
-            "both count forward and backward without recomputation, causal attention as half of the square, and full-"
-            "length sequences: shorter packed documents need less"
+            "both count forward and backward without recomputation, and attention over full-length "
+            "sequences: shorter packed documents need less"
         )
         return lines
 
@@ -127,13 +130,14 @@ class Throughput:
         )
         if utilization <= 1:
             return utilization
-        # A number for people must not end a run, and a wrong one must not be shown: leave it out and say why, once.
+        # A number for people must not end a run, and a wrong one must not be shown: leave it out and say
+        # why, once.
         if not self._peak_refused:
             self._peak_refused = True
             _LOG.warning(
-                "perf/mfu_selected_frac would be %.3g and is left out: no device does more than its peak. Either "
-                "cluster.peak_tflops=%g is too small for this device, or most documents are far shorter than "
-                "data.seq_len_tokens, which the formula counts in full.",
+                "perf/mfu_selected_frac would be %.3g and is left out: no device does more than its peak. "
+                "Either cluster.peak_tflops=%g is too small for this device, or most documents are far "
+                "shorter than data.seq_len_tokens, which the formula counts in full.",
                 utilization,
                 self._peak_tflops,
             )

@@ -1,7 +1,7 @@
 """Weights & Biases: one experiment is one run, however often it is started again.
 
-The run id is made once and kept in the run folder. Steps have their own axis, because W&B's internal step may never
-go back while a resumed run does. Once started, W&B can neither stop nor fail the training.
+The run id is made once and kept in the run folder. Steps have their own axis, because W&B's internal step
+may never go back while a resumed run does. Once started, W&B can neither stop nor fail the training.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class WandbRun:
             return
         try:
             self._run.log({STEP_AXIS: step, **values})
-        except Exception as error:  # noqa: BLE001 - whatever W&B does, training goes on and metrics.jsonl is complete.
+        except Exception as error:  # Whatever W&B does, training goes on and metrics.jsonl is complete.
             self._give_up("log", error)
 
     def close(self) -> None:
         """Finish the run and print the upload command of an offline one."""
         try:
             self._run.finish()
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             self._give_up("finish", error)
         if self.sync_command is not None:
             print(f"W&B was offline; upload this run with: {self.sync_command}")
@@ -80,8 +80,8 @@ def start_wandb(config: TrainConfig, derived: Derived, wandb_dir: Path) -> Wandb
         wandb_dir: `RUN/wandb`, where W&B writes and the run id is kept.
 
     Returns:
-        The started run, or None if `monitoring.wandb.mode` is disabled. If the server of an online run does not
-        answer, the launch goes on offline with a warning: the same run id is uploaded later.
+        The started run, or None if `monitoring.wandb.mode` is disabled. If the server of an online run does
+        not answer, the launch goes on offline with a warning: the same run id is uploaded later.
 
     Raises:
         DeviceError: wandb is not installed, or mode=online without a login.
@@ -136,12 +136,13 @@ def _import_wandb(mode: WandbMode) -> Any:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise DeviceError(
-            f"monitoring.wandb.mode={mode.value} needs the package wandb, which cannot be imported ({error}). "
-            "Install it with: pip install 'phsa-megatron[train]', or set monitoring.wandb.mode=disabled."
+            f"monitoring.wandb.mode={mode.value} needs the package wandb, which cannot be imported "
+            f"({error}). Install it with: pip install 'phsa-megatron[train]', or set "
+            "monitoring.wandb.mode=disabled."
         ) from error
     if mode == WandbMode.online and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         raise DeviceError(
-            "monitoring.wandb.mode=online needs a login and there is none. Run `wandb login`, set WANDB_API_KEY, or "
-            "set monitoring.wandb.mode=offline."
+            "monitoring.wandb.mode=online needs a login and there is none. Run `wandb login`, set "
+            "WANDB_API_KEY, or set monitoring.wandb.mode=offline."
         )
     return wandb

@@ -63,19 +63,19 @@ class Groups:
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over the processes that share this process's part of the model."""
-        total = tensor.detach().clone()
+        total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total, group=self.collection.dp_cp)
         return total
 
     def sum_over_world(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all processes."""
-        total = tensor.detach().clone()
+        total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """Return the last pipeline stage's `tensor` on all stages, which pass one of its shape and dtype."""
-        result = tensor.detach().clone()
+        result = tensor.detach().to(self.device, copy=True)
         pipeline = self.collection.pp
         last = dist.get_process_group_ranks(pipeline)[-1]
         dist.broadcast(result, src=last, group=pipeline)
@@ -90,6 +90,7 @@ class Groups:
         """Leave all groups. The process can initialize again afterwards."""
         from megatron.core import parallel_state
 
+        mcore.forget_mtp_losses()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -20,9 +20,8 @@ from phsa_megatron.config.errors import DeviceError
 OLDEST = (0, 16, 1)
 FIRST_UNKNOWN = (0, 20)
 
-# Arguments of a core attention's constructor that some supported version passes and that change nothing in
-# what it computes: `name` is a label for logs, `pp_layer_offset` is already part of `layer_number`.
-HARMLESS_ATTENTION_ARGUMENTS = frozenset({"name", "pp_layer_offset"})
+HARMLESS_ATTENTION_ARGUMENTS = frozenset({"name"})
+"""Constructor arguments that change nothing in what a core attention computes, such as a label for logs."""
 
 
 def installed_version() -> tuple[int, ...]:
@@ -113,6 +112,13 @@ def mtp_block_spec(
         spec.submodules.enorm = spec.submodules.hnorm = spec.submodules.layer_norm = norm
     block.layer_specs = depths
     return block
+
+
+def forget_mtp_losses() -> None:
+    """Empty megatron's process-wide sums of prediction losses: the next model may have other depths."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
 
 
 def _recomputable(layer: type) -> type:

@@ -121,7 +121,7 @@ def _samples(run: Run) -> list[dict[str, str]]:
     """Continues the recipe's prompts. All processes call it: the model may be spread over them."""
     samples = []
     with run.parts.gathered_parameters():
-        for prompt in run.config.run.sample_prompts:
+        for i, prompt in enumerate(run.config.run.sample_prompts):
             ids = generate(
                 run.parts.model,
                 run.tokenizer.encode(prompt) or [run.tokenizer.eod_id],
@@ -132,7 +132,7 @@ def _samples(run: Run) -> list[dict[str, str]]:
                 vocab_size=run.tokenizer.vocab_size,
                 eod_id=run.tokenizer.eod_id,
                 temperature=_SAMPLE_TEMPERATURE,
-                seed=run.config.run.seed,
+                seed=run.config.run.seed + i,
             )
             text = run.tokenizer.decode([i for i in ids if i != run.tokenizer.eod_id])
             samples.append({"prompt": prompt, "text": text})

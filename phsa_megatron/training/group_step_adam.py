@@ -27,6 +27,10 @@ class GroupStepAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         adam_w_mode: must be true; L2 regularization is not offered.
+        capturable: must be false; the step counter is a Python number, which a CUDA graph cannot capture.
+
+    Raises:
+        ValueError: one of the last two is set otherwise.
     """
 
     def __init__(
@@ -37,9 +41,12 @@ class GroupStepAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("GroupStepAdam decays weights decoupled only: adam_w_mode must be true")
+        if capturable:
+            raise ValueError("GroupStepAdam cannot be captured in a CUDA graph: capturable must be false")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

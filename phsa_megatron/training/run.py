@@ -119,6 +119,8 @@ class Run:
 class Meter:
     """Adds up time, tokens and what else is reported per record, between two records.
 
+    The clock of training stands still in evaluations and saves; the run's wall time does not.
+
     Args:
         throughput: turns seconds and tokens into speed.
     """
@@ -130,6 +132,7 @@ class Meter:
         self._num_steps = 0
         self._training_s = 0.0
         self._since_s: float | None = None
+        self._wall_since_s = time.perf_counter()
 
     def start(self) -> None:
         """Starts the clock of training; a running one goes on."""
@@ -137,7 +140,7 @@ class Meter:
             self._since_s = time.perf_counter()
 
     def stop(self, state: TrainState) -> None:
-        """Stops the clock, and adds what it showed to the run's wall time."""
+        """Stops the clock of training, and brings the run's wall time up to date."""
         self._take(state)
         self._since_s = None
 
@@ -166,11 +169,12 @@ class Meter:
         return values
 
     def _take(self, state: TrainState) -> None:
+        now_s = time.perf_counter()
         if self._since_s is not None:
-            now_s = time.perf_counter()
             self._training_s += now_s - self._since_s
-            state.wall_s += now_s - self._since_s
             self._since_s = now_s
+        state.wall_s += now_s - self._wall_since_s
+        self._wall_since_s = now_s
 
 
 @contextmanager
@@ -187,54 +191,60 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
     folder.path.mkdir(parents=True, exist_ok=True)
     derived = derive(config)
     faults = Faults.from_environment(groups.rank)
-    console = Console(config, config.run.train_steps, rank=groups.rank)
-    recorder = Recorder(folder, config, derived, rank=groups.rank)
-
-    def notify(kind: str, text: str, **fields: Any) -> None:
-        console.message(text)
-        recorder.event(kind, text=text, **fields)
-
-    try:
-        throughput = Throughput(derived, consumed_tokens=0, peak_tflops=config.cluster.peak_tflops)
-        for line in [*derived.equations(), *throughput.equations()]:
-            console.message(line)
-        if faults.planned:
-            console.message(f"injected faults: {sorted(faults.planned)}")
+    with _watch(folder, derived, config, groups, progress) as watch, StopSignals(folder, groups) as stops:
+        _announce(watch.console, derived, faults, config)
         progress.phase = "build"
         tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
         table = punctuation_table(config, tokenizer, groups)
         train_reader = BatchReader(config, "train", tokenizer)
-        with StopSignals(folder, groups) as stops:
-            run = Run(
-                config=config,
-                derived=derived,
-                groups=groups,
-                folder=folder,
-                recorder=recorder,
-                console=console,
-                stops=stops,
-                faults=faults,
-                progress=progress,
-                tokenizer=tokenizer,
-                table=table,
-                train_reader=train_reader,
-                evaluator=Evaluator(config, groups, tokenizer, table),
-                parts=build_parts(config, groups),
-                checkpointer=Checkpointer(folder, config, groups, notify),
-                state=TrainState(),
-                meter=Meter(throughput),
-                notify=notify,
-            )
-            progress.phase = "load"
-            run.state = _starting_state(run)
-            run.meter = Meter(
-                Throughput(
-                    derived,
-                    consumed_tokens=run.state.consumed_sequences * config.data.seq_len_tokens,
-                    peak_tflops=config.cluster.peak_tflops,
-                )
-            )
-            yield run
+        evaluator = Evaluator(config, groups, tokenizer, table)
+        parts = build_parts(config, groups)
+        checkpointer = Checkpointer(folder, config, groups, watch.notify)
+        progress.phase = "load"
+        state = _starting_state(parts, checkpointer, train_reader, folder, watch.notify)
+        yield Run(
+            config=config,
+            derived=derived,
+            groups=groups,
+            folder=folder,
+            recorder=watch.recorder,
+            console=watch.console,
+            notify=watch.notify,
+            stops=stops,
+            faults=faults,
+            progress=progress,
+            tokenizer=tokenizer,
+            table=table,
+            train_reader=train_reader,
+            evaluator=evaluator,
+            parts=parts,
+            checkpointer=checkpointer,
+            state=state,
+            meter=Meter(_throughput(derived, config, state.consumed_sequences)),
+        )
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Where a run is told of: the terminal and the records, on process 0."""
+
+    console: Console
+    recorder: Recorder
+
+    def notify(self, kind: str, text: str, **fields: Any) -> None:
+        """Tells a person and the records what happened."""
+        self.console.message(text)
+        self.recorder.event(kind, text=text, **fields)
+
+
+@contextmanager
+def _watch(
+    folder: RunFolder, derived: Derived, config: TrainConfig, groups: Groups, progress: Progress
+) -> Iterator[_Watch]:
+    console = Console(config, config.run.train_steps, rank=groups.rank)
+    recorder = Recorder(folder, config, derived, rank=groups.rank)
+    try:
+        yield _Watch(console, recorder)
     except BaseException as error:
         # No collectives from here on: the other processes may be gone, or wait somewhere else.
         # And nothing that fails here, such as a full disk, may hide the error itself.
@@ -246,6 +256,21 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
     finally:
         console.close()
         recorder.close()
+
+
+def _announce(console: Console, derived: Derived, faults: Faults, config: TrainConfig) -> None:
+    for line in [*derived.equations(), *_throughput(derived, config, 0).equations()]:
+        console.message(line)
+    if faults.planned:
+        console.message(f"injected faults: {sorted(faults.planned)}")
+
+
+def _throughput(derived: Derived, config: TrainConfig, consumed_sequences: int) -> Throughput:
+    return Throughput(
+        derived,
+        consumed_tokens=consumed_sequences * config.data.seq_len_tokens,
+        peak_tflops=config.cluster.peak_tflops,
+    )
 
 
 def punctuation_table(config: TrainConfig, tokenizer: Tokenizer, groups: Groups) -> PunctuationTable:
@@ -262,18 +287,16 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
 
     What a step gets is a pure function of its number; nothing that was read ahead belongs to a checkpoint.
     """
-    batch = run.config.optim.global_batch_sequences
-    steps = range(run.state.step + 1, run.config.run.train_steps + 1)
-    consumed_before = {step: run.state.consumed_sequences + i * batch for i, step in enumerate(steps)}
+    first_step, consumed = run.state.step + 1, run.state.consumed_sequences
+    batch, size = run.config.optim.global_batch_sequences, run.config.optim.micro_batch_sequences
 
     def read(step: int) -> list[Batch]:
         if run.faults.happens("hang_data", step):
             time.sleep(float(10**6))
-        starts = micro_batch_starts(run.config, run.groups, consumed_before[step])
-        return [
-            run.train_reader.micro_batch(first, run.config.optim.micro_batch_sequences) for first in starts
-        ]
+        starts = micro_batch_starts(run.config, run.groups, consumed + (step - first_step) * batch)
+        return [run.train_reader.micro_batch(first, size) for first in starts]
 
+    steps = range(first_step, run.config.run.train_steps + 1)
     prefetcher = Prefetcher(read, steps, depth=2, poll=_give_up_waiting)
     try:
         yield prefetcher
@@ -298,18 +321,25 @@ def _next_or_none(prefetcher: Prefetcher[int, list[Batch]]) -> list[Batch] | Non
         return None
 
 
-def _starting_state(run: Run) -> TrainState:
-    order = run.train_reader.order.ingredients
-    state = run.checkpointer.load_latest(run.parts, order)
+def _starting_state(
+    parts: Parts, checkpointer: Checkpointer, train_reader: BatchReader, folder: RunFolder, notify: Notify
+) -> TrainState:
+    """Fills the parts from where the run starts, and returns its counters."""
+    config, rank = parts.config, parts.groups.rank
+    order = train_reader.order.ingredients
+    state = checkpointer.load_latest(parts, order)
     if state is None:
         state = TrainState(data_fingerprint=order)
-        if run.config.run.init_from is not None:
-            stages.init_from(run.config, run.parts, run.checkpointer)
-            run.notify("start_from", f"new stage: weights of {run.config.run.init_from}, all counters at 0")
+        if config.run.init_from is not None:
+            source = stages.init_from(config, parts, checkpointer)
+            notify("start_from", f"new stage: weights of {source}, all counters at 0")
         else:
-            run.notify("start_from", f"starting from fresh weights, seed {run.config.run.seed}")
-    if run.config.monitoring.wandb.mode is not WandbMode.disabled and run.groups.rank == 0:
-        state.wandb_run_id = stable_run_id(run.folder.wandb_dir)
+            notify("start_from", f"starting from fresh weights, seed {config.run.seed}")
+    if rank == 0:
+        if state.step < config.run.train_steps:
+            folder.summary_file.unlink(missing_ok=True)  # of an earlier, shorter end of this run
+        if config.monitoring.wandb.mode is not WandbMode.disabled:
+            state.wandb_run_id = stable_run_id(folder.wandb_dir)
     return state
 
 

@@ -29,7 +29,7 @@ class TrainState:
     consumed_tokens: int = 0
     """Tokens with a loss behind the completed steps; padding is not counted."""
     wall_s: float = 0.0
-    """Seconds in the training loop, added up over restarts."""
+    """Seconds from loaded to saved, evaluations included, added up over restarts."""
     wandb_run_id: str | None = None
     """The one W&B run of this experiment; null while W&B is disabled."""
     data_fingerprint: dict[str, Any] = field(default_factory=dict)

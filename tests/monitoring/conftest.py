@@ -10,7 +10,7 @@ from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.run_folder import RunFolder
 
 CONFIG = """\
-run: {name: phsa_demo_cpu, root_dir: runs, seed: 1234, train_steps: 900, dtype: fp32, sample_prompts: [It was, 天下]}
+run: {name: phsa_demo_cpu, root_dir: runs, seed: 1234, train_steps: 900, sample_prompts: [It was, 天下]}
 model: {name: demo, num_layers: 8, hidden_size: 192, num_query_heads: 6, num_kv_heads: 2, vocab_size: 8192}
 attention: {kind: phsa, impl: reference, block_tokens: 16, init_tokens: 16, local_tokens: 32, train_topk: 2}
 data:
@@ -108,10 +108,10 @@ def unfinished_run(tmp_path):
     return folder
 
 
-@pytest.fixture
-def finished_run(tmp_path):
-    """The same run to its end, with baselines, samples and a summary."""
-    folder = RunFolder(tmp_path / "phsa_demo_cpu")
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The same run to its end, with baselines, samples and a summary; tests only read it."""
+    folder = RunFolder(tmp_path_factory.mktemp("finished") / "phsa_demo_cpu")
     folder.path.mkdir()
     write_atomically(folder.config_file, CONFIG)
     lines, clock, noise = [], Clock(), random.Random(7)

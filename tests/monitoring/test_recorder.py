@@ -12,8 +12,8 @@ import pytest
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import MonitoringConfig, RunConfig, TrainConfig, WandbConfig, WandbMode
 from phsa_megatron.monitoring import recorder as recorder_module
-from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.monitoring.recorder import Recorder
+from phsa_megatron.monitoring.records import read_records
 
 
 @pytest.fixture
@@ -172,3 +172,13 @@ def test_wandb_gets_the_same_values_and_its_failure_changes_nothing(folder, conf
     assert Broken.logged == [{"progress/step": 1, "train/loss_nats": 3.0}]
     assert sum("server gone" in record.message for record in caplog.records) == 1
     assert read_records(folder.metrics_file).series("train/loss_nats") == ([1, 2], [3.0, 2.0])
+
+
+def test_an_event_may_carry_a_field_called_kind_but_not_those_that_every_event_has(folder, config):
+    recorder = _open(folder, config)
+    recorder.event("error", step=3, kind="ValueError", text="no")
+    with pytest.raises(ValueError, match="cannot be called time"):
+        recorder.event("error", time=3)
+    recorder.close()
+    event = read_records(folder.metrics_file).events[-1]
+    assert (event.kind, event.step, event.fields) == ("error", 3, {"kind": "ValueError", "text": "no"})

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 
@@ -74,3 +75,24 @@ def test_a_damaged_complete_line_is_reported_with_its_number(tmp_path, line):
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(DataError, match="no metrics were recorded there"):
         read_records(tmp_path / "m.jsonl")
+
+
+def test_a_third_launch_supersedes_what_the_first_two_left(tmp_path):
+    path = _write(
+        tmp_path / "m.jsonl",
+        _start(), _values(10, 1.0), _values(20, 1.0), _values(30, 1.0),
+        _start(), _values(30, 2.0), _values(40, 2.0),
+        _start(), _values(20, 3.0), _values(20, 3.5, name="val/loss_nats"),
+    )  # fmt: skip
+    records = read_records(path)
+    assert records.series("train/loss_nats") == ([10, 20], [1.0, 3.0])
+    assert records.last("val/loss_nats") == 3.5
+    assert [launch.first_step for launch in records.launches] == [10, 30, 20]
+
+
+def test_a_long_file_is_read_in_reasonable_time(tmp_path):
+    half = [_values(step, 1.0) for step in range(1, 30_001)]
+    path = _write(tmp_path / "m.jsonl", _start(), *half, _start(), *half[15_000:])
+    start_s = time.process_time()
+    assert read_records(path).num_superseded_steps == 15_000
+    assert time.process_time() - start_s < 10, "reading must not be quadratic in the number of records"

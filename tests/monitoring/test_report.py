@@ -8,6 +8,7 @@ from phsa_megatron.config.errors import ConfigError, DataError
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.report import main, read_run, write_report
+from phsa_megatron.monitoring.report_figures import _restart_steps
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -48,23 +49,30 @@ def _page(folder):
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_a_finished_run_shows_everything_a_person_asks_for(finished_run):
-    page = _page(finished_run)
+@pytest.fixture(scope="module")
+def finished_page(finished_run):
+    return write_report(finished_run).read_text(encoding="utf-8")
+
+
+def test_a_finished_run_shows_everything_a_person_asks_for(finished_page):
+    page = Page(finished_page)
     said = page.says()
     for text in (
         "phsa_demo_cpu", "finished", "PHSA, blocks of 16, top-2, init 16 + local 32", "8 layers, width 192",
         "0.62 × unigram entropy", "0:05:27", "2 launches", "Dotted verticals: restarts",
-        "Loss", "Validation by domain, nats", "Validation by domain, bits per byte", "Learning rate", "Gradient norm",
-        "Speed", "Selected share by layer", "Selected share over time", "unigram 6.42", "bigram 5.31",
-        "话说天下大势，", "分久必合", "checkpoint committed", "all steps are trained", "train_topk", "sources.english.weight",
+        "Loss", "Validation by domain, nats", "Validation by domain, bits per byte", "Learning rate",
+        "Gradient norm", "Speed", "Selected share by layer", "Selected share over time",
+        "unigram 6.42", "bigram 5.31",
+        "话说天下大势，", "分久必合", "checkpoint committed", "all steps are trained",
+        "train_topk", "sources.english.weight",
         "2.13.0", "not installed", "Norm of the gradient of all weights",
     ):  # fmt: skip
         assert text in said, text
     assert page.tags.count("figure") == 8
 
 
-def test_the_page_loads_nothing_and_has_no_script(finished_run):
-    text = write_report(finished_run).read_text(encoding="utf-8")
+def test_the_page_loads_nothing_and_has_no_script(finished_page):
+    text = finished_page
     page = Page(text)
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in page.references)
@@ -72,20 +80,20 @@ def test_the_page_loads_nothing_and_has_no_script(finished_run):
     assert "default-src 'none'" in text
 
 
-def test_ids_are_unique_so_that_drawings_do_not_clip_each_other(finished_run):
-    text = write_report(finished_run).read_text(encoding="utf-8")
+def test_ids_are_unique_so_that_drawings_do_not_clip_each_other(finished_page):
+    text = finished_page
     ids = Page(text).ids
     assert len(ids) == len(set(ids)) > 50
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
 
 
-def test_text_of_the_run_cannot_become_markup(finished_run):
-    text = write_report(finished_run).read_text(encoding="utf-8")
+def test_text_of_the_run_cannot_become_markup(finished_page):
+    text = finished_page
     assert "&lt;b&gt;the clock&lt;/b&gt; struck as she rose &amp; went out." in text
 
 
-def test_drawings_take_the_colours_of_the_page(finished_run):
-    text = write_report(finished_run).read_text(encoding="utf-8")
+def test_drawings_take_the_colours_of_the_page(finished_page):
+    text = finished_page
     assert "stroke: var(--series-1)" in text and "#0102" not in text and "#0101" not in text
     for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", text)):
         assert text.count(f"{variable}:") == 2, f"{variable} needs a light and a dark value"
@@ -95,6 +103,21 @@ def test_a_live_run_without_a_summary_has_a_report_too(unfinished_run):
     said = _page(unfinished_run).says()
     assert "unfinished, last record 2025-" in said and "640 of 900" in said
     assert "unigram" not in said and "What the model writes" not in said
+
+
+def test_a_dense_run_has_no_figures_of_selection(unfinished_run):
+    config = unfinished_run.config_file.read_text().replace("kind: phsa", "kind: dense")
+    write_atomically(unfinished_run.config_file, config)
+    lines = unfinished_run.metrics_file.read_text().splitlines()
+    kept = [line for line in lines if "attention/" not in line]
+    assert len(kept) < len(lines)
+    write_atomically(unfinished_run.metrics_file, "\n".join(kept) + "\n")
+    said = _page(unfinished_run).says()
+    assert "dense attention" in said and "Selected share" not in said and "Gradient norm" in said
+
+
+def test_restarts_are_drawn_at_the_last_step_before_them(unfinished_run):
+    assert _restart_steps(read_run(unfinished_run).records) == [400]
 
 
 def test_values_of_the_killed_attempt_are_not_drawn(unfinished_run):

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+
 from phsa_megatron.parallel import cpu_shim
 
 needs_shim = pytest.mark.skipif(not cpu_shim.is_installed(), reason="this machine has CUDA: the shim is off")
@@ -24,7 +25,8 @@ def test_install_before_megatron_works_twice_and_without_it_megatron_needs_cuda(
     seed = "from megatron.core import tensor_parallel as t\nt.random.initialize_rng_tracker()\n"
     seed += "t.get_cuda_rng_tracker().add('x', 1)\n"
     good = _run(
-        "from phsa_megatron.parallel import cpu_shim\nassert cpu_shim.install() and cpu_shim.install()\n" + seed
+        "from phsa_megatron.parallel import cpu_shim\nassert cpu_shim.install() and cpu_shim.install()\n"
+        + seed
     )
     assert good.returncode == 0, good.stderr
     without = _run(seed)

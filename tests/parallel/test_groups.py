@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.schema import Device, TrainConfig
 from phsa_megatron.parallel import cpu_shim, groups

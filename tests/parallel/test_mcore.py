@@ -1,6 +1,7 @@
 import warnings
 
 import pytest
+
 from phsa_megatron.config.errors import DeviceError
 from phsa_megatron.parallel import mcore
 

@@ -71,6 +71,7 @@ def test_a_parameter_without_gradient_stays():
     assert torch.equal(weights[1], before)
 
 
-def test_coupled_weight_decay_is_refused():
-    with pytest.raises(ValueError, match="adam_w_mode"):
-        GroupStepAdam(_weights(0), adam_w_mode=False)
+@pytest.mark.parametrize("unsupported", [{"adam_w_mode": False}, {"capturable": True}])
+def test_what_it_cannot_do_is_refused(unsupported):
+    with pytest.raises(ValueError, match=next(iter(unsupported))):
+        GroupStepAdam(_weights(0), **unsupported)

@@ -13,7 +13,9 @@ from phsa_megatron.training.faults import VARIABLE, InjectedFaultError
 
 
 def test_a_run_learns_and_leaves_summary_and_marker(tiny_config, run):
-    config = tiny_config(**{"run.train_steps": 30, "run.sample_prompts": ["the cat"]})
+    config = tiny_config(
+        **{"run.train_steps": 30, "run.sample_prompts": ["the cat"], "run.sample_num_tokens": 8}
+    )
     finished = run(config)
     assert finished.outcome.done
     losses = [loss for loss, _, _ in finished.curve()]
@@ -77,6 +79,21 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tiny_config, run,
     assert resumed.curve() == straight.curve()
     summary = json.loads(resumed.folder.summary_file.read_text())
     assert summary["tokens"] == json.loads(straight.folder.summary_file.read_text())["tokens"]
+
+
+def test_a_finished_run_can_be_made_longer(tiny_config, run, monkeypatch):
+    first = run(tiny_config(**{"run.train_steps": 4}))
+    assert first.outcome.done
+    longer = tiny_config(**{"run.train_steps": 8})
+    monkeypatch.setenv(VARIABLE, "sigterm@5")
+    stopped = run(longer)
+    assert stopped.outcome.step == 5
+    assert not stopped.folder.done.exists()
+    assert not stopped.folder.summary_file.exists()
+    monkeypatch.delenv(VARIABLE)
+    assert run(longer).outcome.done
+    summary = json.loads(first.folder.summary_file.read_text())
+    assert (summary["steps"], summary["sequences"]) == (8, 32)
 
 
 def test_handlers_are_put_back_after_a_run(tiny_config, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,6 +93,43 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
     assert _curve(two) == pytest.approx(_curve(one), rel=1e-6)
     assert _curve(two, "optim/grad_norm") == pytest.approx(_curve(one, "optim/grad_norm"), rel=1e-5)
     assert _curve(two, "val/loss_nats") == pytest.approx(_curve(one, "val/loss_nats"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel.tensor_size": 2},
+        {"parallel.tensor_size": 2, "parallel.sequence_parallel": True},
+        {"parallel.pipeline_size": 2},
+        {
+            "optim.micro_batch_sequences": 1,
+            "parallel.overlap_grad_reduce": True,
+            "parallel.overlap_param_gather": True,
+            "evaluate.every_steps": 2,
+            "checkpoint.save_every_steps": 2,
+        },
+    ],
+    ids=["tensor", "sequence", "pipeline", "overlap"],
+)
+def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config, run, monkeypatch, layout):
+    """One checkpoint, continued by one process and by two: the same losses and gradients, to rounding."""
+    # A multiple of the padding for every tensor-parallel size: padding rows take part in the softmax.
+    common = {"model.vocab_size": 320}
+    one = tiny_config(**{"run.name": "one"}, **common)
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@2")
+    assert run(one).outcome.step == 2
+    monkeypatch.delenv("PHSA_FAULT")
+    two = tiny_config(**{"run.name": "two", "cluster.processes_per_node": 2}, **common, **layout)
+    shutil.copytree(RunFolder.of(one).path, RunFolder.of(two).path, symlinks=True)
+
+    straight = run(one)
+    results = _start(two, num_processes=2)
+    assert [code for code, _, _ in results] == [0, 0], results
+    for name in ("train/loss_nats", "optim/grad_norm", "val/loss_nats"):
+        expected = [step[name] for step in straight.steps if name in step]
+        found = _curve(two, name)
+        assert found[-len(expected) :] == pytest.approx(expected, rel=1e-4), name
 
 
 def test_a_settings_file_that_is_not_there_is_one_line(tmp_path):

@@ -1,0 +1,201 @@
+"""One process of a run that takes a training step's gradients under several layouts, one after the other.
+
+Called by test_layouts.py through torchrun: `layout_worker.py JOB_FILE OUT_DIR`. JOB_FILE is a torch file
+with a list of (name, TrainConfig). Every layout starts from the same weights, which are a function of each
+tensor's global name and shape, and sees the same global batch. For each layout every rank writes its pieces
+of every gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from typing import Any
+
+from phsa_megatron.parallel import cpu_shim
+
+cpu_shim.install()
+
+import torch  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
+from phsa_megatron.attention.selection_stats import SelectionRecorder  # noqa: E402
+from phsa_megatron.attention.side_info import SideInfo  # noqa: E402
+from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig  # noqa: E402
+from phsa_megatron.inference.generate import generate  # noqa: E402
+from phsa_megatron.model.factory import build_model  # noqa: E402
+from phsa_megatron.parallel.groups import Groups, initialize  # noqa: E402
+
+SEQ_LEN_TOKENS = 64
+NUM_SEQUENCES = 4
+TABLE = PunctuationTable.build(
+    ["." if token % 7 == 0 else "a" for token in range(100)], PunctuationMatch.exact, PunctuationLanguage.en
+)
+
+
+def sequence(number: int) -> tuple[torch.Tensor, list[int]]:
+    """Return tokens int64 [S] of a sequence of the global batch and its document boundaries."""
+    generator = torch.Generator().manual_seed(100 + number)
+    tokens = torch.randint(0, 100, (SEQ_LEN_TOKENS,), generator=generator)
+    cut = int(torch.randint(1, SEQ_LEN_TOKENS, (1,), generator=generator))
+    return tokens, [0, cut, SEQ_LEN_TOKENS]
+
+
+def sharded_tensors(chunks: list[Any], groups: Groups) -> list[ShardedTensor]:
+    """Return every weight of this process with its place in the whole model."""
+    found: list[ShardedTensor] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, ShardedTensor):
+            found.append(node)
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
+        apply_factories(state)
+        walk(state)
+    return found
+
+
+def place(piece: ShardedTensor) -> tuple[slice, ...]:
+    """Return where a piece lies in its whole tensor, leading layer axis included."""
+    sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+    return tuple(slice(start, start + size) for start, size in zip(piece.global_offset, sizes, strict=True))
+
+
+@torch.no_grad()
+def set_weights(chunks: list[Any], groups: Groups) -> None:
+    """Fill every weight from its global name: the same model in every layout."""
+    for piece in sharded_tensors(chunks, groups):
+        generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
+        whole = torch.randn(piece.global_shape, generator=generator)
+        whole = 1.0 + 0.1 * whole if "norm" in piece.key else 0.1 * whole
+        piece.data.copy_(whole[place(piece)].reshape(piece.data.shape))
+
+
+def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
+    """Run one step's forward and backward passes; return the loss and this rank's pieces of the gradients."""
+    chunks: list[Any] = build_model(config, groups)
+    set_weights(chunks, groups)
+    megatron_config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    model = [
+        DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    micro, share = config.optim.micro_batch_sequences, NUM_SEQUENCES // groups.data_size
+    first = groups.data_rank * share
+    sums = torch.zeros(2, dtype=torch.float64)
+    recorder = SelectionRecorder(config.model.num_layers)
+
+    def batches() -> Any:
+        for start in range(first, first + share, micro):
+            rows = [sequence(number) for number in range(start, start + micro)]
+            bounds = [row * SEQ_LEN_TOKENS + b for row, (_, cuts) in enumerate(rows) for b in cuts[:2]]
+            cu_seqlens = torch.tensor([*bounds, micro * SEQ_LEN_TOKENS], dtype=torch.int32)
+            yield torch.stack([tokens for tokens, _ in rows]), cu_seqlens
+
+    def forward_step(iterator: Any, chunk: Any) -> Any:
+        tokens, cu_seqlens = next(iterator)
+        info = SideInfo.build(
+            tokens, cu_seqlens, TABLE, config.attention, config.attention.train_topk, recorder
+        )
+        positions = torch.arange(SEQ_LEN_TOKENS).expand_as(tokens)
+        mask = torch.ones(tokens.shape)
+        mask[:, -1] = 0.0
+        out = chunk(
+            tokens,
+            positions,
+            None,
+            labels=tokens.roll(-1, 1),
+            loss_mask=info.mtp_loss_mask(mask, config.model.mtp_num_layers),
+            packed_seq_params=info,
+        )
+
+        def loss(output: torch.Tensor) -> Any:
+            total = (output.view_as(mask) * mask).sum()
+            sums.add_(torch.tensor([total.item(), mask.sum().item()], dtype=torch.float64))
+            return total, mask.sum().int(), {}
+
+        return out, loss
+
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[batches() for _ in model],
+        model=model,
+        num_microbatches=share // micro,
+        seq_length=SEQ_LEN_TOKENS,
+        micro_batch_size=micro,
+        forward_only=False,
+    )
+    pieces = _gradient_pieces(chunks, groups)
+    totals = groups.sum_over_data(groups.from_last_stage(sums))
+    return {
+        "loss": (totals[0] / totals[1]).item(),
+        "pieces": pieces,
+        "selection": groups.sum_over_world(recorder.sums),
+        "sample": generate(
+            model,
+            [3, 14, 15, 92],
+            3,
+            config=config,
+            groups=groups,
+            table=TABLE,
+            vocab_size=100,
+        ),
+    }
+
+
+@torch.no_grad()
+def _gradient_pieces(
+    chunks: list[Any], groups: Groups
+) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
+    """Return (global name, global shape, place, values) of this rank's gradients; weights are put back."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    # A gradient in the place of its weight has the weight's name and place in the whole model.
+    for parameter in parameters:
+        parameter.copy_(parameter.main_grad)
+    pieces = [
+        (
+            piece.key,
+            tuple(piece.global_shape),
+            place(piece),
+            piece.data.clone().reshape((1,) * piece.prepend_axis_num + tuple(piece.local_shape)),
+        )
+        for piece in sharded_tensors(chunks, groups)
+    ]
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)
+    return pieces
+
+
+def main(job_file: str, out_dir: str) -> None:
+    """Take the gradients of every layout of the job and write them."""
+    torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    for name, config in torch.load(job_file, weights_only=False):
+        groups = initialize(config)
+        torch.save(take_gradients(config, groups), os.path.join(out_dir, f"{name}.{rank}.pt"))
+        groups.barrier()
+        groups.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,164 @@
+"""The layout changes neither loss, nor any gradient, nor selection, nor what is generated.
+
+One process computes the reference; two processes compute the same step under each two-process layout, all
+in one start. Weights are a function of each tensor's global name, so that nothing is loaded from a file.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Two starts of python with megatron, eleven layouts: about a minute on one core.
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("layout_worker.py")
+VARIANTS = {
+    "plain": {},
+    "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
+}
+LAYOUTS = {
+    "tp2": {"parallel__tensor_size": 2},
+    "tp2_sp": {"parallel__tensor_size": 2, "parallel__sequence_parallel": True},
+    "pp2": {"parallel__pipeline_size": 2},
+    "pp2_vpp2": {"parallel__pipeline_size": 2, "parallel__virtual_pipeline_size": 2},
+    "dp2": {},
+}
+# Two layouts sum the same fp32 numbers in another order. A gradient element is a sum over 256 tokens of
+# products through four layers; errors of sqrt(256) roundings of 2^-24, doubled at each of about eight
+# operations, stay below this share of a tensor's largest element.
+GRADIENT_BOUND = 2e-5
+
+
+def _launch(job, folder: Path, processes: int) -> None:
+    job_file = folder / f"job{processes}.pt"
+    torch.save(job, job_file)
+    command = [sys.executable]
+    if processes > 1:
+        # --standalone lets the system choose a free port.
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join(str(root / part) for part in ("", "kernels", "launch"))
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(
+        [*command, str(WORKER), str(job_file), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+
+
+def _config(tiny_config, processes: int, overrides):
+    return tiny_config(
+        **{
+            "model__num_layers": 4,
+            "model__tie_embeddings": False,
+            # Padded alike for one and for two tensor-parallel processes.
+            "model__vocab_pad_multiple": 64,
+            "optim__micro_batch_sequences": 1,
+            "cluster__processes_per_node": processes,
+            "data__seq_len_tokens": 64,
+            **overrides,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def results(folder, tiny_config):
+    """Returns {layout: results of its ranks}, references included; two starts in all."""
+    one = [(f"one-{v}", _config(tiny_config, 1, o)) for v, o in VARIANTS.items()]
+    one.append(("one-batched", _config(tiny_config, 1, {"optim__micro_batch_sequences": 2})))
+    one.append(("one-k1", _config(tiny_config, 1, {"attention__train_topk": 1})))
+    two = [
+        (f"{layout}-{v}", _config(tiny_config, 2, {**o, **changes}))
+        for v, o in VARIANTS.items()
+        for layout, changes in LAYOUTS.items()
+    ]
+    _launch(one, folder, 1)
+    _launch(two, folder, 2)
+    return {
+        name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(ranks)]
+        for job, ranks in ((one, 1), (two, 2))
+        for name, _ in job
+    }
+
+
+def _assemble(ranks) -> dict[str, torch.Tensor]:
+    """Returns whole gradients from the pieces of all ranks; every element must be there."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for key, shape, where, values in rank["pieces"]:
+            whole.setdefault(key, torch.full(shape, torch.nan))[where] = values
+    for key, tensor in whole.items():
+        assert not tensor.isnan().any(), f"a part of {key} is on no rank"
+    return whole
+
+
+def _norm(gradients) -> float:
+    return sum(g.double().pow(2).sum().item() for g in gradients.values()) ** 0.5
+
+
+CASES = [(layout, variant) for layout in LAYOUTS for variant in VARIANTS]
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_loss_and_gradients_equal_one_process(results, layout, variant):
+    (reference,), ranks = results[f"one-{variant}"], results[f"{layout}-{variant}"]
+    for rank in ranks:
+        assert rank["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+    expected, found = _assemble([reference]), _assemble(ranks)
+    assert found.keys() == expected.keys()
+    assert _norm(found) == pytest.approx(_norm(expected), rel=1e-6)
+    for key, gradient in expected.items():
+        bound = GRADIENT_BOUND * gradient.abs().max().item()
+        assert bound > 0, f"{key} has no gradient: nothing is compared"
+        torch.testing.assert_close(
+            found[key], gradient, rtol=0, atol=bound, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_replicated_gradients_are_equal_on_all_ranks_that_hold_them(results, layout, variant):
+    held: dict[tuple[str, str], torch.Tensor] = {}
+    for rank in results[f"{layout}-{variant}"]:
+        for key, _, where, values in rank["pieces"]:
+            torch.testing.assert_close(values, held.setdefault((key, str(where)), values), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_selection_statistics_and_samples_equal_one_process(results, layout, variant):
+    (reference,), ranks = results[f"one-{variant}"], results[f"{layout}-{variant}"]
+    for rank in ranks:
+        assert rank["sample"] == reference["sample"]
+        # Pieces of heads, layers or text add up to the whole.
+        torch.testing.assert_close(rank["selection"], reference["selection"], rtol=1e-5, atol=0)
+
+
+def test_micro_batch_size_changes_nothing(results):
+    (reference,), (batched,) = results["one-plain"], results["one-batched"]
+    assert batched["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+    expected, found = _assemble([reference]), _assemble([batched])
+    for key, gradient in expected.items():
+        bound = GRADIENT_BOUND * gradient.abs().max().item()
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=bound, msg=key)
+
+
+def test_the_bound_sees_one_block_less(results):
+    """Negative control: at k = 1 instead of 2 gradients differ by far more than the bound."""
+    plain, other = _assemble(results["one-plain"]), _assemble(results["one-k1"])
+    key = "decoder.layers.self_attention.linear_qkv.weight"
+    assert (plain[key] - other[key]).abs().max() > 100 * GRADIENT_BOUND * plain[key].abs().max()
