@@ -335,8 +335,8 @@ class Checkpointer:
         self._tell("checkpoint_failed", text, step=pending.step)
         if must_succeed or self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise CheckpointError(
-                f"{text}. {self._num_failures} save(s) failed in a row, so the run stops. Make room or repair "
-                "the disk, then start the same command again: it resumes from the newest committed step."
+                f"{text}. {self._num_failures} save(s) failed in a row, so the run stops. Make room or "
+                "repair the disk and start the same command again: it resumes from the newest committed step."
             )
 
     # Loading.
@@ -363,8 +363,8 @@ class Checkpointer:
         if theirs != ours:
             raise CheckpointError(
                 f"{folder} was saved with parallel.distributed_optimizer={theirs}, this run has {ours}: the "
-                f"optimizer state is laid out differently. Set it to {theirs} to continue, or start a new stage "
-                "from its weights with run.init_from."
+                f"optimizer state is laid out differently. Set it to {theirs} to continue, or start a new "
+                "stage from its weights with run.init_from."
             )
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
