@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -73,8 +74,16 @@ def hide_known_notices() -> None:
         "Apex is not installed. Falling back to Torch Norm",
         # Said of megatron's own default.
         "full scope is deprecated",
+        # Newer torch names for the collectives that megatron calls.
+        "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+        # Megatron looks at the gradients of its own views of the parameter buffer.
+        "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Said at every save into a folder that exists; ours exists because it is staged before it is committed.
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
+        lambda record: "Overwriting old incomplete" not in record.getMessage()
+    )
 
 
 def mtp_block_spec(
