@@ -42,6 +42,7 @@ OVERRIDES = (
     "data.seq_len_tokens=256",
     "optim.global_batch_sequences=4",
     "optim.micro_batch_sequences=2",
+    "optim.lr=3e-3",
     "optim.warmup_steps=5",
     "optim.decay_steps=10",
     "evaluate.every_steps=0",
@@ -95,13 +96,15 @@ def run(*extra: str) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         phsa_train(*OVERRIDES, f"run.root_dir={folder}", *extra)
         lines = (Path(folder) / "golden" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: float(r[k]).hex() for k in KEYS} for r in rows if all(k in r for k in KEYS)]
+    values = [json.loads(line).get("values", {}) for line in lines]
+    return [{k: float(v[k]).hex() for k in KEYS} for v in values if KEYS[0] in v]
 
 
 def main() -> None:
     """Record the curve and print what moved."""
     path, rows = record_file(), run()
+    if len(rows) != NUM_STEPS:
+        raise RuntimeError(f"the run logged {len(rows)} of {NUM_STEPS} steps; nothing is recorded")
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for step, (before, after) in enumerate(zip(old, rows, strict=False), 1):
         for name in KEYS:
