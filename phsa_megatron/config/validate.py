@@ -38,6 +38,12 @@ def _broken(field: str, value: object, rule: str, fix: str) -> str:
     return f"{field}={value}: {rule}; {fix}"
 
 
+def _multiples_around(number: int, unit: int) -> str:
+    """The positive multiples of `unit` next to `number`: one if `number` is smaller than `unit`."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
 def _ranges(config: TrainConfig) -> Iterator[str]:
     values: dict[str, Any] = dict(leaves(asdict(config)))
     for key, value in values.items():
@@ -76,7 +82,7 @@ def _heads_divide(config: TrainConfig) -> Iterator[str]:
             "model.num_query_heads",
             query,
             f"query heads divide evenly among model.num_kv_heads={kv}",
-            f"use {query // kv * kv or kv} or {(query // kv + 1) * kv} query heads",
+            f"use {_multiples_around(query, kv)} query heads",
         )
 
 
@@ -200,7 +206,7 @@ def _batch_divides(config: TrainConfig) -> Iterator[str]:
             "optim.global_batch_sequences",
             batch,
             f"it is a multiple of micro_batch_sequences={micro} x {data_parallel} data-parallel = {unit}",
-            f"use {batch // unit * unit or unit} or {(batch // unit + 1) * unit}",
+            f"use {_multiples_around(batch, unit)}",
         )
 
 

@@ -9,6 +9,16 @@ from phsa_megatron import cli
 from phsa_megatron.config.compose import dump
 
 ROOT = Path(__file__).resolve().parents[2]
+# Numbers that the tests below name, whatever the demo is tuned to.
+DEMO = [
+    "recipe=phsa_demo_cpu",
+    "run.train_steps=400",
+    "data.seq_len_tokens=512",
+    "optim.global_batch_sequences=8",
+    "optim.micro_batch_sequences=4",
+    "optim.warmup_steps=40",
+    "optim.decay_steps=100",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +54,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 def demo_in(folder: Path) -> list[str]:
-    return ["recipe=phsa_demo_cpu", f"run.root_dir={folder}"]
+    return [*DEMO, f"run.root_dir={folder}"]
 
 
 def test_training_prepares_the_folder_hides_gpus_and_returns_the_exit_code(capsys, trained, tmp_path):
@@ -71,7 +81,7 @@ def test_a_resolved_file_takes_no_overrides(capsys, trained, tmp_path):
 
 
 def test_several_processes_are_sent_to_the_launcher(capsys, trained, tmp_path):
-    several = ["cluster.processes_per_node=2", "optim.micro_batch_sequences=4"]
+    several = ["cluster.processes_per_node=2"]
     code, _, err = run(capsys, *demo_in(tmp_path), *several)
     assert code == 2
     assert "start it with phsa-launch" in err
@@ -121,7 +131,7 @@ def test_errors_are_messages_with_exit_code_two(capsys, argv, words):
 
 
 def test_validate_prints_the_equations(capsys):
-    code, out, _ = run(capsys, "validate", "recipe=phsa_demo_cpu")
+    code, out, _ = run(capsys, "validate", *DEMO)
     assert code == 0
     assert "tokens per step = 8 sequences x 512 tokens = 4,096" in out
 

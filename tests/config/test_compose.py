@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from phsa_megatron.config import keys
 from phsa_megatron.config.compose import OriginKind, compose, compose_tree
 from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.recipes_path import recipes_dir
 from phsa_megatron.config.schema import AttentionKind, PunctuationLanguage
 
 DEMO = "recipe=phsa_demo_cpu"
@@ -17,13 +18,24 @@ def error_of(*overrides: str, recipes_dir: Path | None = None) -> str:
     return str(caught.value)
 
 
+def written(file: str, key: str) -> object:
+    """What a built-in file itself sets."""
+    return OmegaConf.select(OmegaConf.load(recipes_dir() / file), key)
+
+
 def test_later_layers_win_over_earlier_ones():
-    config = compose([DEMO, "attention.train_topk=3"]).config
+    recipe = "recipe/phsa_demo_cpu.yaml"
+    of_recipe, of_group = (
+        written(recipe, "attention.local_tokens"),
+        written("attention/phsa.yaml", "local_tokens"),
+    )
+    topk = written(recipe, "attention.train_topk") + 1
+    config = compose([DEMO, f"attention.train_topk={topk}"]).config
     assert config.run.seed == 1234  # schema
-    assert config.model.num_layers == 4  # model/demo_tiny.yaml
+    assert config.model.num_layers == written("model/demo_tiny.yaml", "num_layers")
     assert config.attention.punctuation_language is PunctuationLanguage.en_zh  # phsa_en_zh over phsa
-    assert config.attention.local_tokens == 64  # the recipe over attention/phsa.yaml's 128
-    assert config.attention.train_topk == 3  # the command line over the recipe's 2
+    assert config.attention.local_tokens == of_recipe != of_group  # the recipe over attention/phsa.yaml
+    assert config.attention.train_topk == topk  # the command line over the recipe
 
 
 def test_command_line_group_choice_wins_over_the_recipes():
@@ -33,13 +45,15 @@ def test_command_line_group_choice_wins_over_the_recipes():
 
 
 def test_provenance_names_schema_file_with_line_and_argument():
-    provenance = compose([DEMO, "optim.lr=0.5"]).provenance
+    composed = compose([DEMO, "optim.lr=0.5"])
+    provenance = composed.provenance
     assert provenance["run.seed"].kind is OriginKind.schema
     assert str(provenance["optim.lr"]) == "command line optim.lr=0.5"
     where = str(provenance["attention.local_tokens"])
     path, line = where.split(":")
     assert path == "recipes/recipe/phsa_demo_cpu.yaml"
-    assert "local_tokens: 64" in Path(path).read_text().splitlines()[int(line) - 1]
+    named = f"local_tokens: {composed.config.attention.local_tokens}"
+    assert Path(path).read_text().splitlines()[int(line) - 1].strip() == named
     # A value from a file that another file of the group includes.
     assert str(provenance["attention.kind"]).startswith("recipes/attention/phsa.yaml:")
     assert str(provenance["attention.punctuation_language"]).startswith("recipes/attention/phsa_en_zh.yaml:")
@@ -209,7 +223,7 @@ def test_a_new_source_can_be_added_on_the_command_line():
 
 
 def test_interpolation_is_resolved_and_a_broken_one_is_reported():
-    assert compose([DEMO, "optim.min_lr=${optim.lr}"]).config.optim.min_lr == 3e-3
+    assert compose([DEMO, "optim.lr=0.25", "optim.min_lr=${optim.lr}"]).config.optim.min_lr == 0.25
     assert "optim.min_lr" in error_of(DEMO, "optim.min_lr=${optim.nothing}")
     assert "expected a whole number" in error_of(DEMO, "run.seed=${run.name}")
 

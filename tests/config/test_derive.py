@@ -13,14 +13,14 @@ def test_values_of_the_demo_by_hand(demo):
     d = derive(demo)
     assert (d.world_size, d.data_parallel_size, d.group_heads, d.layers_per_chunk) == (1, 1, 3, 4)
     assert d.tokens_per_step == 8 * 512
-    assert d.total_tokens == demo.run.train_steps * 8 * 512
+    assert d.total_tokens == 400 * 8 * 512
     assert d.micro_batches_per_step == 1
     assert d.warmup_sequences == 40 * 8
     assert d.decay_sequences == 100 * 8
     assert d.max_documents_per_sequence == 32
-    per_layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384 + 2 * 128 + 2 * 32
+    per_layer = 192 * (192 + 64 + 64 + 192) + 3 * 192 * 512 + 2 * 192 + 2 * 32
     assert d.parameters.per_layer == per_layer
-    assert d.parameters.total == 4 * per_layer + 128 + 8192 * 128
+    assert d.parameters.total == 4 * per_layer + 192 + 8192 * 192
     assert d.flops_per_token_selected < d.flops_per_token_dense
 
 

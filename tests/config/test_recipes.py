@@ -70,11 +70,26 @@ def test_dense_recipes_differ_from_phsa_in_the_attention_only(name, paper_overri
 
 def test_demo_recipe_has_the_promised_shape():
     config = compose(["recipe=phsa_demo_cpu"]).config
-    derived = derive(config)
-    assert derived.group_heads == 3
-    assert config.data.seq_len_tokens == 512
-    assert config.attention.punctuation_language == "en_zh"
+    attention = config.attention
+    assert config.run.name == "phsa_demo_cpu"
+    assert (config.cluster.device, config.run.dtype) == ("cpu", "fp32")
+    assert (attention.kind, attention.punctuation_language) == ("phsa", "en_zh")
+    assert (attention.block_tokens, attention.train_topk) == (16, 2)
     assert sorted(config.data.sources) == ["chinese", "english"]
+
+
+def test_selection_leaves_blocks_out_for_at_least_half_of_the_demos_queries():
+    config = compose(["recipe=phsa_demo_cpu"]).config
+    attention, length = config.attention, config.data.seq_len_tokens
+    m = attention.block_tokens
+
+    def candidates(query: int) -> int:
+        current = query // m
+        outside_init = range(attention.init_tokens // m, current + 1)
+        return sum(block <= current - attention.local_tokens // m for block in outside_init)
+
+    choosing = sum(candidates(query) > attention.train_topk for query in range(length))
+    assert choosing >= length / 2
 
 
 def test_train_yaml_has_a_comment_for_every_group():

@@ -144,6 +144,16 @@ def test_a_broken_rule_names_field_value_rule_and_fix(changed, rule, settings, w
     assert str(caught.value) == messages[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [({"optim.global_batch_sequences": 4}, "; use 8"), ({"model.num_query_heads": 1}, "; use 2 query heads")],
+)
+def test_a_number_below_the_first_multiple_is_answered_with_one_number(changed, settings, fix):
+    with pytest.raises(ConfigError) as caught:
+        validate.validate(changed(settings))
+    assert str(caught.value).endswith(fix)
+
+
 def test_every_rule_has_a_test():
     assert {rule.__name__ for rule in validate.RULES} == {rule for rule, *_ in BROKEN}
 

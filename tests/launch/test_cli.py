@@ -7,7 +7,17 @@ import pytest
 from phsa_launch import cli
 from phsa_megatron.config.compose import compose, load
 
-TWO = ["cluster.processes_per_node=2", "optim.micro_batch_sequences=4"]
+TWO = ["cluster.processes_per_node=2"]
+# Numbers that the tests below name, whatever the demo is tuned to.
+DEMO = [
+    "recipe=phsa_demo_cpu",
+    "run.train_steps=400",
+    "data.seq_len_tokens=512",
+    "optim.global_batch_sequences=8",
+    "optim.micro_batch_sequences=4",
+    "optim.warmup_steps=40",
+    "optim.decay_steps=100",
+]
 
 
 class Replaced(Exception):
@@ -27,21 +37,21 @@ def execs(monkeypatch):
 
 
 def demo_in(folder: Path) -> list[str]:
-    return ["recipe=phsa_demo_cpu", f"run.root_dir={folder}"]
+    return [*DEMO, f"run.root_dir={folder}"]
 
 
 def test_it_composes_once_and_starts_all_processes_with_the_resolved_file(execs, tmp_path, capsys):
     with pytest.raises(Replaced):
-        cli.main([*demo_in(tmp_path), *TWO])
+        cli.main([*demo_in(tmp_path), *TWO, "run.num_threads=3"])
     ((file, command, environment),) = execs
     path = tmp_path / "phsa_demo_cpu" / "config.yaml"
     assert file == command[0] == sys.executable
     assert command[1:5] == ["-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
     assert command[-3:] == ["-m", "phsa_megatron.train", str(path)]
     assert "--master-addr=127.0.0.1" in command
-    assert load(path) == compose([*demo_in(tmp_path), *TWO]).config
+    assert load(path) == compose([*demo_in(tmp_path), *TWO, "run.num_threads=3"]).config
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["OMP_NUM_THREADS"] == "3"
     assert "starting from scratch" in capsys.readouterr().out
 
 
@@ -57,7 +67,7 @@ def test_a_dry_run_prints_command_and_file_and_writes_nothing(execs, tmp_path, c
 
 
 def test_several_hosts_are_refused(execs, tmp_path, capsys):
-    assert cli.main([*demo_in(tmp_path), "cluster.num_nodes=2", "optim.micro_batch_sequences=4"]) == 2
+    assert cli.main([*demo_in(tmp_path), "cluster.num_nodes=2"]) == 2
     err = capsys.readouterr().err
     assert "cluster.num_nodes=2" in err
     assert "not part of this version" in err
