@@ -49,14 +49,20 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
     return (token - cu_seqlens[doc]).to(torch.int32), doc.to(torch.int32)
 
 
-def _implementation(impl: str, tensor: Tensor) -> ModuleType:
+def _implementation(impl: str) -> ModuleType:
     if impl == "reference":
         from phsa_kernels import reference
 
         return reference
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is unknown; use one of {', '.join(IMPLS)}")
-    raise NotImplementedError("impl='triton' is not part of this version yet; use impl='reference'")
+    try:
+        from phsa_kernels import triton_backend
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise NotImplementedError("impl='triton' needs the package triton, which is not installed") from error
+    return triton_backend
 
 
 def _require(ok: bool, message: str) -> None:
@@ -133,7 +139,7 @@ def pool(
             tuple(weights.shape) in {(k.shape[0],), (k.shape[0], k.shape[1])},
             f"weights must be [Tk] or [Tk, Hkv] for k {tuple(k.shape)}, got {tuple(weights.shape)}",
         )
-    run = _implementation(impl, k).pool
+    run = _implementation(impl).pool
     pooled: Tensor = run(k, weights, cu_seqlens, block_tokens=block_tokens, kind=kind)
     return pooled
 
@@ -195,7 +201,7 @@ def select(
     _check_index("q_pos", q_pos, len(q))
     _check_index("q_doc", q_doc, len(q))
     _check_index("cu_blocks", cu_blocks)
-    ids: Tensor = _implementation(impl, q).select(
+    ids: Tensor = _implementation(impl).select(
         q,
         pooled,
         q_pos,
@@ -278,7 +284,7 @@ def attend(
     _check_index("cu_seqlens", cu_seqlens)
     if block_slot is not None:
         _check_index("block_slot", block_slot)
-    result: tuple[Tensor, Tensor] = _implementation(impl, q).attend(
+    result: tuple[Tensor, Tensor] = _implementation(impl).attend(
         q,
         k,
         v,

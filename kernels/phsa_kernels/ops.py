@@ -1,0 +1,178 @@
+"""The Triton kernels as torch.library operators: launches, fakes and the backward of attention.
+
+Every shape follows from the arguments' shapes alone: nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from phsa_kernels.attend.launch import attend_backward, attend_forward, saved_shapes
+from phsa_kernels.attend.plan import block_starts
+from phsa_kernels.configs import configs_for
+from phsa_kernels.pool.kernels import pool_kernel
+from phsa_kernels.select.kernels import normalizer_kernel, select_kernel
+
+
+@torch.library.custom_op("phsa::pool", mutates_args=())
+def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int) -> Tensor:
+    """Return the pooled keys [Tk // m, Hkv, 1, D]."""
+    num_tokens, num_heads, head_dim = k.shape
+    out = k.new_empty(num_tokens // block_tokens, num_heads, 1, head_dim)
+    if out.numel() == 0:
+        return out
+    starts = block_starts(cu_seqlens, num_tokens, block_tokens)
+    w = k if weights is None else weights.view(num_tokens, -1)
+    pool_kernel[(out.shape[0], num_heads)](
+        k, w, out, starts, k.stride(0), k.stride(1), w.stride(0), w.stride(1) if w.shape[1] > 1 else 0,
+        out.stride(0), out.stride(1), HAS_WEIGHTS=weights is not None, BLOCK=block_tokens, D=head_dim,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@pool.register_fake
+def _(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int) -> Tensor:
+    return k.new_empty(k.shape[0] // block_tokens, k.shape[1], 1, k.shape[2])
+
+
+@torch.library.custom_op("phsa::select", mutates_args=())
+def select(
+    q: Tensor,
+    pooled: Tensor,
+    q_pos: Tensor,
+    q_doc: Tensor,
+    cu_blocks: Tensor,
+    topk: int,
+    init_tokens: int,
+    local_tokens: int,
+    block_tokens: int,
+    softmax: bool,
+    scale: float,
+) -> Tensor:
+    """Return the chosen blocks int32 [Tq, Hkv, k]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = pooled.shape[1]
+    ids = q.new_empty(num_queries, num_kv_heads, topk, dtype=torch.int32)
+    if num_queries == 0:
+        return ids
+    configs = configs_for(q.device)
+    norm = q.new_empty(num_queries, num_heads if softmax else 0, dtype=torch.float32)
+    inputs = (q, pooled, q_pos, q_doc, cu_blocks)
+    sizes = (num_queries, num_heads, scale, q.stride(0), q.stride(1), pooled.stride(0), pooled.stride(1))
+    shape: dict[str, int] = {"GROUP": num_heads // num_kv_heads, "BLOCK": block_tokens, "D": head_dim}
+    if softmax:
+        tile = configs.normalizer
+        normalizer_kernel[(triton.cdiv(num_queries, tile.rows), num_heads)](
+            *inputs, norm, *sizes, **shape, T=tile.rows, BN=tile.keys,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    tile = configs.select
+    select_kernel[(triton.cdiv(num_queries, tile.rows), num_kv_heads)](
+        *inputs, norm, ids, *sizes, INIT_BLOCKS=init_tokens // block_tokens,
+        LOCAL_BLOCKS=local_tokens // block_tokens, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
+        SOFTMAX=softmax, **shape, T=tile.rows, BN=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return ids
+
+
+@select.register_fake
+def _(
+    q: Tensor, pooled: Tensor, q_pos: Tensor, q_doc: Tensor, cu_blocks: Tensor, topk: int, *_: Any
+) -> Tensor:
+    return q.new_empty(q.shape[0], pooled.shape[1], topk, dtype=torch.int32)
+
+
+@torch.library.custom_op("phsa::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    q_pos: Tensor,
+    q_doc: Tensor,
+    cu_seqlens: Tensor,
+    init_tokens: int,
+    local_tokens: int,
+    block_tokens: int,
+    dense_len_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (out, lse, rows, union): the last two are what backward needs to walk the same keys."""
+    return attend_forward(
+        q,
+        k,
+        v,
+        ids,
+        q_pos,
+        q_doc,
+        cu_seqlens,
+        init_tokens,
+        local_tokens,
+        block_tokens,
+        dense_len_tokens,
+        scale,
+    )
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, union = saved_shapes(q, k, ids)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:2], dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty(union, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("phsa::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    union: Tensor,
+    cu_seqlens: Tensor,
+    init_tokens: int,
+    block_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv)."""
+    return attend_backward(
+        grad_out, grad_lse, q, k, v, ids, out, lse, rows, union, cu_seqlens, init_tokens, block_tokens, scale
+    )
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    q, k, v, ids, _, _, cu_seqlens, ctx.init_tokens, _, ctx.block_tokens, _, ctx.scale = inputs
+    out, lse, rows, union = output
+    ctx.mark_non_differentiable(rows, union)
+    ctx.save_for_backward(q, k, v, ids, out, lse, rows, union, cu_seqlens)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.init_tokens, ctx.block_tokens, ctx.scale
+    )
+    return (*grads, *[None] * 9)
+
+
+attend.register_autograd(_backward, setup_context=_save)

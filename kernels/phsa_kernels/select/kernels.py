@@ -1,0 +1,144 @@
+"""Selection fused with its scoring: nothing of size [queries x blocks] is ever written.
+
+softmax_sum needs each head's normalizer first: one sweep over the pooled keys for it, one for the scores.
+The running top-k compares fp32 scores. Blocks come in ascending order and enter only by a strictly greater
+score, and of equal worst entries the highest block leaves: the lower block wins every tie.
+"""
+
+# Arguments of Triton functions are pointers, blocks and scalars of no Python type.
+# ruff: noqa: ANN001, ANN201
+# mypy: disallow-untyped-defs=false, disallow-untyped-decorators=false
+# mypy: disallow-untyped-calls=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from phsa_kernels.primitives import LOG2_E, MASKED, load_rows, product, row_offset
+
+
+@triton.jit
+def normalizer_kernel(
+    Q,
+    POOLED,
+    Q_POS,
+    Q_DOC,
+    CU_BLOCKS,
+    NORM,
+    num_queries,
+    num_heads,
+    scale,
+    stride_qt,
+    stride_qh,
+    stride_pb,
+    stride_ph,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """NORM[i, head] = log2 of the sum of exp of the scores of all blocks before the query's own."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * T + tl.arange(0, T)
+    ok = row < num_queries
+    doc = tl.load(Q_DOC + row, mask=ok, other=0)
+    first = tl.load(CU_BLOCKS + doc, mask=ok, other=0)
+    last = first + tl.where(ok, tl.load(Q_POS + row, mask=ok, other=0) // BLOCK, 0)
+    q = load_rows(Q, row, head, stride_qt, stride_qh, ok, D)
+    peak = tl.full([T], MASKED, tl.float32)
+    total = tl.zeros([T], tl.float32)
+    begin = tl.min(tl.where(ok, first, 2147483647), 0)
+    end = tl.max(tl.where(ok, last, 0), 0)
+    for n in range(begin, end, BN):
+        block = n + tl.arange(0, BN)
+        keys = load_rows(POOLED, block, head // GROUP, stride_pb, stride_ph, block < end, D)
+        score = product(q, tl.trans(keys)) * (scale * LOG2_E)
+        seen = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
+        score = tl.where(seen, score, MASKED)
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score - new_peak[:, None]), 1)
+        peak = new_peak
+    # A row without any block keeps peak = MASKED; its candidates are none, so the value is never used.
+    tl.store(NORM + row.to(tl.int64) * num_heads + head, peak + tl.log2(total), mask=ok)
+
+
+@triton.jit
+def select_kernel(
+    Q,
+    POOLED,
+    Q_POS,
+    Q_DOC,
+    CU_BLOCKS,
+    NORM,
+    IDS,
+    num_queries,
+    num_heads,
+    scale,
+    stride_qt,
+    stride_qh,
+    stride_pb,
+    stride_ph,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_PADDED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """IDS[i, kv head] = the best TOPK candidates of each query, ascending, -1 at the end."""
+    kv_head = tl.program_id(1)
+    num_kv_heads = num_heads // GROUP
+    row = tl.program_id(0) * T + tl.arange(0, T)
+    ok = row < num_queries
+    doc = tl.load(Q_DOC + row, mask=ok, other=0)
+    document = tl.load(CU_BLOCKS + doc, mask=ok, other=0)
+    current = tl.load(Q_POS + row, mask=ok, other=0) // BLOCK
+    first = document + INIT_BLOCKS
+    last = document + tl.where(ok, current - LOCAL_BLOCKS + 1, 0)
+    slot = tl.arange(0, TOPK_PADDED)
+    # Empty entries have distinct ids below 0, so that one new block replaces one of them; slots past TOPK are
+    # never the worst.
+    best_id = tl.zeros([T, TOPK_PADDED], tl.int32) - 1 - slot[None, :]
+    never = tl.where(slot < TOPK, float("-inf"), float("inf"))
+    best = tl.zeros([T, TOPK_PADDED], tl.float32) + never[None, :]
+    begin = tl.min(tl.where(ok & (first < last), first, 2147483647), 0)
+    end = tl.max(tl.where(ok, last, 0), 0)
+    for n in range(begin, end, BN):
+        block = n + tl.arange(0, BN)
+        keys = tl.trans(load_rows(POOLED, block, kv_head, stride_pb, stride_ph, block < end, D))
+        score = tl.zeros([T, BN], tl.float32)
+        for r in tl.static_range(GROUP):
+            head = kv_head * GROUP + r
+            q = load_rows(Q, row, head, stride_qt, stride_qh, ok, D)
+            dot = product(q, keys) * scale
+            if SOFTMAX:
+                norm = tl.load(NORM + row.to(tl.int64) * num_heads + head, mask=ok, other=0.0)
+                score += tl.exp2(dot * LOG2_E - norm[:, None])
+            else:
+                score += dot
+        candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
+        score = tl.where(candidate, score, float("-inf"))
+        worst = tl.min(best, 1)
+        top = tl.max(score, 1)
+        while tl.max((top > worst).to(tl.int32), 0) > 0:
+            enters = top > worst
+            at = tl.min(tl.where(score == top[:, None], block[None, :], 2147483647), 1)
+            is_worst = best == worst[:, None]
+            leaves = tl.max(tl.where(is_worst, best_id, -2147483647), 1)
+            hit = is_worst & (best_id == leaves[:, None]) & enters[:, None]
+            best = tl.where(hit, top[:, None], best)
+            best_id = tl.where(hit, at[:, None], best_id)
+            score = tl.where(block[None, :] == at[:, None], float("-inf"), score)
+            worst = tl.min(best, 1)
+            top = tl.max(score, 1)
+    chosen = tl.where((best_id >= 0) & (slot < TOPK)[None, :], best_id - document[:, None], 2147483647)
+    chosen = tl.sort(chosen, 1)
+    chosen = tl.where(chosen == 2147483647, -1, chosen)
+    out = IDS + row_offset(row, kv_head, num_kv_heads * TOPK, TOPK)[:, None] + slot[None, :]
+    tl.store(out, chosen, mask=ok[:, None] & (slot < TOPK)[None, :])
