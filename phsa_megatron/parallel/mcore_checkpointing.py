@@ -103,6 +103,33 @@ def optimizer_state(optimizer: Any, weights: ShardedStateDict, groups: Groups, *
         return optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
 
 
+def load_optimizer(optimizer: Any, state: Any) -> None:
+    """Fill an optimizer with what `read` returned for it.
+
+    The learning-rate bounds of this run win over the saved ones: 0.19.2 recognizes parameter groups by them,
+    so that a changed `optim.lr` would make it fail on a KeyError.
+    """
+    bounds = {
+        name: optimizer.param_groups[0][name]
+        for name in ("max_lr", "min_lr")
+        if name in optimizer.param_groups[0]
+    }
+    for group in _saved_groups(state):
+        group.update(bounds)
+    with torch.no_grad():
+        optimizer.load_state_dict(state)
+
+
+def _saved_groups(state: Any) -> list[dict[str, Any]]:
+    """All parameter groups in an optimizer's state, which is a dict, or one of several optimizers'."""
+    if not isinstance(state, dict | list):
+        return []
+    if isinstance(state, dict) and "param_groups" in state:
+        return list(state["param_groups"])
+    parts = state.values() if isinstance(state, dict) else state
+    return [group for part in parts for group in _saved_groups(part)]
+
+
 def _metadata(groups: Groups) -> dict[str, Any]:
     return {"dp_cp_group": groups.collection.dp_cp, "singleton_local_shards": False}
 

@@ -1,6 +1,6 @@
 """Saves and loads the whole of a training run: weights, optimizer, schedule, counters, random generators.
 
-A checkpoint folder RUN/checkpoints/step_00000120/ holds megatron's sharded files, `train_state.json`,
+A checkpoint folder RUN/checkpoints/step_00000120/ holds `shards/` (megatron's files), `train_state.json`,
 `config.yaml` (the resolved configuration it was made under), `rng/rank_00000.pt` for each process, and
 `COMMITTED.json`. How it becomes durable is `commit.py`.
 """
@@ -128,10 +128,12 @@ class Checkpointer:
             if failure is not None:
                 return self._complete(pending, failure, must_succeed)
             if self._config.checkpoint.async_save:
-                self._writer.start(weights, pending.partial)
+                self._writer.start(weights, pending.partial / files.SHARDS_NAME)
                 self._pending = pending
             else:
-                return self._complete(pending, self._writer.write(weights, pending.partial), must_succeed)
+                return self._complete(
+                    pending, self._writer.write(weights, pending.partial / files.SHARDS_NAME), must_succeed
+                )
         if must_succeed:
             self.wait(must_succeed=True)
         return True
@@ -200,7 +202,7 @@ class Checkpointer:
         with parts.gathered_parameters():
             weights = self._sharded(parts, loading=False)
             failure = files.write(partial, state, self._config, self._groups)
-            failure = failure or self._writer.write(weights, partial)
+            failure = failure or self._writer.write(weights, partial / files.SHARDS_NAME)
         if failure is None:
             failure = agreement.attempt(
                 self._groups, lambda: seal(partial, folder, state.step, shards.written_by(), about)
@@ -226,7 +228,7 @@ class Checkpointer:
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
-        loaded = shards.read(weights, folder)
+        loaded = shards.read(weights, folder / files.SHARDS_NAME)
         with torch.no_grad():
             names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
             for name, module in zip(names, parts.modules, strict=True):
@@ -234,7 +236,7 @@ class Checkpointer:
             if weights_only:
                 parts.optimizer.reload_model_params()
             else:
-                parts.optimizer.load_state_dict(loaded["optimizer"])
+                shards.load_optimizer(parts.optimizer, loaded["optimizer"])
                 parts.scheduler.num_steps = 0  # megatron adds what it loads to what was counted before
                 parts.scheduler.load_state_dict(loaded["scheduler"])
         if not weights_only:

@@ -20,6 +20,7 @@ from phsa_megatron.training.state import TrainState
 
 STATE_NAME = "train_state.json"
 CONFIG_NAME = "config.yaml"
+SHARDS_NAME = "shards"  # of its own: megatron takes a folder with other files for a corrupted checkpoint
 _LAYOUT = ("world_size", "tensor_size", "pipeline_size", "virtual_pipeline_size", "context_size")
 
 
@@ -47,6 +48,7 @@ def write(partial: Path, state: TrainState, config: TrainConfig, groups: Groups)
     def begin() -> None:
         make_empty(partial)
         (partial / "rng").mkdir()
+        (partial / SHARDS_NAME).mkdir()
         (partial / STATE_NAME).write_text(json.dumps(state.to_dict(), indent=1) + "\n", encoding="utf-8")
         (partial / CONFIG_NAME).write_text(compose.dump(config), encoding="utf-8")
 

@@ -9,7 +9,6 @@ the bytes of every random generator and of all weights and optimizer state.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -24,12 +23,17 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from phsa_megatron.config.compose import compose
 from phsa_megatron.config.derive import world_size
 from phsa_megatron.config.errors import ConfigError, TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.training.checkpoint_files import SHARDS_NAME
 from phsa_megatron.training.commit import step_folder_name
 from phsa_megatron.training.state import rng_digest
 
@@ -309,17 +313,33 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
         ]
         if digests[0] != digests[1]:
             differences.append(f"rng/{name}: the random generators differ")
-    shards = [
-        {path.name: _sha256(path) for path in folder.glob("*.distcp")} for folder in (straight, resumed)
-    ]
-    if not shards[0]:
+    tensors = [_stored_tensors(folder / SHARDS_NAME) for folder in (straight, resumed)]
+    if not tensors[0]:
         differences.append(f"{straight} holds no weights")
-    for name in sorted(shards[0].keys() | shards[1].keys()):
-        if shards[0].get(name) != shards[1].get(name):
-            differences.append(f"{name}: weights or optimizer state differ")
+    for name in sorted(tensors[0].keys() | tensors[1].keys()):
+        if not (name in tensors[0] and name in tensors[1]):
+            differences.append(f"{name}: only one of the runs has it")
+        elif not _same_bytes(
+            *(_read(folder / SHARDS_NAME, name, tensors[0][name]) for folder in (straight, resumed))
+        ):
+            differences.append(f"{name}: the weights or moments differ")
     return differences
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _stored_tensors(shards: Path) -> dict[str, TensorStorageMetadata]:
+    """Shapes and dtypes of the tensors in a folder of shards, by name."""
+    if not shards.is_dir():
+        return {}
+    stored = FileSystemReader(shards).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _read(shards: Path, name: str, entry: TensorStorageMetadata) -> Tensor:
+    """One whole tensor; the file around it also holds settings, whose bytes say nothing about the run."""
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    load({name: tensor}, storage_reader=FileSystemReader(shards), no_dist=True)
+    return tensor
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))

@@ -1,9 +1,12 @@
 """Tiny runs for the tests of checkpoints: steps that show every lost bit, scripts to be killed."""
 
+import hashlib
+import json
 import os
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionKind, Dtype, SourceConfig, TrainConfig
 from phsa_megatron.parallel.groups import initialize
 from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.commit import FORMAT_VERSION
 from phsa_megatron.training.optimizer import build_parts, set_hyperparameters
 from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
 
@@ -159,3 +163,31 @@ def run_script(tmp_path, script, **values) -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def format_config(root: Path) -> TrainConfig:
+    """The run of the kept checkpoint: as small as can be."""
+    return tiny_config(
+        root,
+        run={"name": "format", "dtype": Dtype.bf16},
+        model={"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16, "num_query_heads": 2,
+               "num_kv_heads": 1, "vocab_size": 32, "head_dim": 8},
+    )  # fmt: skip
+
+
+def hashes(parts) -> dict[str, str]:
+    """Hashes of what a resume brings back, but the generators, whose classes belong to other libraries."""
+    return {
+        key: hashlib.sha256(value).hexdigest() for key, value in fingerprint(parts).items() if key != "rng"
+    }
+
+
+def write_kept_checkpoint(folder: Path, root: Path) -> None:
+    """Write `format_N.tar.gz` and `.json` for a new format version; run with the oldest megatron-core."""
+    with Run(format_config(root)) as run:
+        run.train(2)
+        run.save()
+        name = folder / f"format_{FORMAT_VERSION}"
+        name.with_suffix(".json").write_text(json.dumps(hashes(run.parts), indent=1) + "\n")
+        with tarfile.open(name.with_suffix(".tar.gz"), "w:gz") as archive:
+            archive.add(run.folder.checkpoints_dir / "step_00000002", "step_00000002")

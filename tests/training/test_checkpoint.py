@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,17 @@ from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.schema import Dtype
 from phsa_megatron.parallel import mcore_checkpointing
 from phsa_megatron.training import checkpoint, checkpoint_files
+from phsa_megatron.training.commit import FORMAT_VERSION
 from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
-from tests.training.checkpoint_runs import SCRIPT_PROLOGUE, Run, fingerprint, run_script, tiny_config
+from tests.training.checkpoint_runs import (
+    SCRIPT_PROLOGUE,
+    Run,
+    fingerprint,
+    format_config,
+    hashes,
+    run_script,
+    tiny_config,
+)
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
@@ -117,7 +127,7 @@ def test_nothing_to_resume_from_is_none_and_leftovers_are_removed_with_a_line(tm
 
 
 def truncate_largest(folder: Path) -> None:
-    largest = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max(folder.glob("shards/*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
@@ -321,6 +331,21 @@ def test_a_checkpoint_of_a_newer_megatron_is_refused(tmp_path):
         path.write_text(json.dumps(values))
         with pytest.raises(CheckpointError, match=r"megatron-core 0\.99\.0.*older versions cannot read"):
             run.load()
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_kept_checkpoint_of_each_format_is_readable_with_every_megatron(tmp_path, version):
+    """Written once by megatron-core 0.16.1, and not again when the format stays."""
+    kept = Path(__file__).parent / "kept_checkpoints" / f"format_{version}"
+    config = format_config(tmp_path)
+    with Run(config) as run:
+        run.folder.checkpoints_dir.mkdir()
+        with tarfile.open(kept.with_suffix(".tar.gz")) as archive:
+            archive.extractall(run.folder.checkpoints_dir, filter="data")
+        assert run.load() == TrainState(step=2, consumed_sequences=4)
+        assert hashes(run.parts) == json.loads(kept.with_suffix(".json").read_text())
+        run.train(1)
+        assert run.save(must_succeed=True)
 
 
 def test_weights_only_takes_the_weights_and_nothing_else(tmp_path):

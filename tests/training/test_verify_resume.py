@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 import yaml
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
 
 from phsa_megatron import cli
 from phsa_megatron.config.errors import ConfigError
@@ -43,20 +45,26 @@ def test_a_missing_step_fails():
     assert "missing" in verify_resume.compare_curves(CURVE, resumed, 5).differences[0]
 
 
+def write_shards(folder, **tensors):
+    distributed_checkpoint.save(tensors, storage_writer=FileSystemWriter(folder / "shards"), no_dist=True)
+
+
 def test_generators_and_weights_are_compared(tmp_path):
+    weight, moment = torch.randn(3, 4), torch.zeros(5, dtype=torch.bfloat16)
     for name in ("a", "b"):
         (tmp_path / name / "rng").mkdir(parents=True)
-        (tmp_path / name / "__0_0.distcp").write_bytes(b"weights")
+        write_shards(tmp_path / name, weight=weight, moment=moment)
         torch.manual_seed(1)
         torch.save(capture_rng(), tmp_path / name / "rng" / "rank_00000.pt")
     assert verify_resume.compare_checkpoints(tmp_path / "a", tmp_path / "b") == []
     torch.rand(1)
     torch.save(capture_rng(), tmp_path / "b" / "rng" / "rank_00000.pt")
-    (tmp_path / "b" / "__0_0.distcp").write_bytes(b"weighty")
-    lines = verify_resume.compare_checkpoints(tmp_path / "a", tmp_path / "b")
-    assert lines == [
+    moment[3] = -0.0  # equal as a number
+    write_shards(tmp_path / "b", weight=weight, moment=moment, more=weight)
+    assert verify_resume.compare_checkpoints(tmp_path / "a", tmp_path / "b") == [
         "rng/rank_00000.pt: the random generators differ",
-        "__0_0.distcp: weights or optimizer state differ",
+        "moment: the weights or moments differ",
+        "more: only one of the runs has it",
     ]
 
 
