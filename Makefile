@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= phsa_demo_cpu
 
-.PHONY: help setup pretrain test lint slow golden verify clean
+.PHONY: help setup pretrain test lint slow verify print-python clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,5 +45,8 @@ verify: $(READY) ## prove that resume is exact, to the last bit
 	$(BIN)/phsa-train prepare-demo
 	$(BIN)/phsa-train verify-resume recipe=$(RECIPE)
 
+print-python:
+	@echo $(PYTHON)
+
 clean: ## remove the environment and caches; runs/ and prepared/ stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+	rm -rf $(VENV) .venv312 .venv-interpreter .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
