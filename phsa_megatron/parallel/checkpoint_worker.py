@@ -10,6 +10,8 @@ import os
 import signal
 import threading
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 def outlive_stop_signals() -> None:
     """Ignore the signals that ask a run to save, and end when the training process does.
@@ -17,7 +19,7 @@ def outlive_stop_signals() -> None:
     A batch system signals every process of a job. The default action would end this one, and with it the
     very save that the signal asks for. Since it then ignores polite requests, it watches its parent.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing.managers import SyncManager
@@ -24,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from phsa_megatron.config.errors import CheckpointError
-from phsa_megatron.parallel.checkpoint_worker import outlive_stop_signals
+from phsa_megatron.parallel.checkpoint_worker import STOP_SIGNALS, outlive_stop_signals
 from phsa_megatron.parallel.groups import Groups
 
 # Optimizer state by parameter, independent of how many processes hold it: the only layout that a run with
@@ -157,7 +158,9 @@ class ShardWriter:
 
     def write(self, state: ShardedStateDict, folder: Path) -> str | None:
         """Write now; returns None, or what went wrong on which process."""
-        request = self._prepare(state, folder)
+        request, failure = self._prepare(state, folder)
+        if request is None:
+            return failure
         arguments = list(request.async_fn_args)
         mine = ""
         try:
@@ -177,14 +180,12 @@ class ShardWriter:
 
         return self._failure_of(finalize)
 
-    def start(self, state: ShardedStateDict, folder: Path) -> None:
-        """Copy what is to be written, start a process that writes it, and return."""
-        self._queue.schedule_async_request(self._prepare(state, folder))
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a write was started and not finished by `finish`."""
-        return int(self._queue.get_num_unfinalized_calls()) > 0
+    def start(self, state: ShardedStateDict, folder: Path) -> str | None:
+        """Copy what is to be written and start a process that writes it; returns None, or what went wrong."""
+        request, failure = self._prepare(state, folder)
+        if request is not None:
+            failure = self._failure_of(lambda: self._queue.schedule_async_request(request))
+        return failure
 
     def finish(self, *, wait: bool) -> tuple[bool, str | None]:
         """Finish a write in the background if all processes are done.
@@ -201,26 +202,35 @@ class ShardWriter:
         )
         return bool(finished) or failure is not None, failure
 
-    def _prepare(self, state: ShardedStateDict, folder: Path) -> Any:
+    def _prepare(self, state: ShardedStateDict, folder: Path) -> tuple[Any, str | None]:
+        """Plan what each process writes; 0.16.1 also writes a small file here. The request, or a failure."""
         _prepare_results()
         newer = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             # The default there needs nvidia-resiliency-ext.
             newer["async_strategy"] = "mcore"
-        # The asynchronous form in both cases: with it, a failing write can be agreed on.
-        return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **newer)
+        requests: list[Any] = []
 
-    def _failure_of(self, call: Callable[[], None]) -> str | None:
+        def plan() -> None:
+            # The asynchronous form in both cases: with it, a failing write can be agreed on.
+            requests.append(dist_checkpointing.save(state, str(folder), async_sharded_save=True, **newer))
+
+        failure = self._failure_of(plan)
+        return (requests[0] if requests else None), failure
+
+    def _failure_of(self, call: Callable[[], Any]) -> str | None:
         """None, or the failure that megatron raised on all processes together."""
         try:
             call()
         except CheckpointException as error:
             texts = [f"process {rank}: {failure[0]}" for rank, failure in error.failures.items()]
             return "; ".join(texts) or "another process could not write its shards (see its log)"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             # Only this process knows, while the others wait in a collective: it can only be left.
             if self._groups.world_size > 1:
-                raise
+                raise CheckpointError(
+                    f"process {self._groups.rank} cannot go on saving: {error!r}"
+                ) from error
             return repr(error)
         return None
 
@@ -230,7 +240,12 @@ def _prepare_results() -> None:
     global _result_manager
     if _result_manager is None:
         _result_manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        _result_manager.start(initializer=outlive_stop_signals)
+        # A signal that comes while it starts must not end it either: it inherits what is blocked here.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            _result_manager.start(initializer=outlive_stop_signals)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # A fresh one each time: a result that a failed save left behind would pass for the next save's.
     filesystem_async._results_queue = _result_manager.Queue()
 

@@ -118,22 +118,20 @@ class Checkpointer:
         Raises:
             CheckpointError: it failed and has to be taken seriously (see the class).
         """
-        self.wait(must_succeed=must_succeed)
+        self.wait()
         if agreement.decide(self._groups, lambda: self._store.is_committed(state.step)):
             return True
         self._tell("checkpoint_requested", f"checkpoint of step {state.step} requested", step=state.step)
         with parts.gathered_parameters():
             weights = self._sharded(parts, loading=False)
             pending, failure = self._stage(weights, state)
-            if failure is not None:
-                return self._complete(pending, failure, must_succeed)
-            if self._config.checkpoint.async_save:
-                self._writer.start(weights, pending.partial / files.SHARDS_NAME)
-                self._pending = pending
-            else:
-                return self._complete(
-                    pending, self._writer.write(weights, pending.partial / files.SHARDS_NAME), must_succeed
-                )
+            in_background = self._config.checkpoint.async_save
+            if failure is None:
+                write = self._writer.start if in_background else self._writer.write
+                failure = write(weights, pending.partial / files.SHARDS_NAME)
+        if failure is not None or not in_background:
+            return self._complete(pending, failure, must_succeed)
+        self._pending = pending
         if must_succeed:
             self.wait(must_succeed=True)
         return True

@@ -1,6 +1,7 @@
 """Whole checkpoints of a tiny model: exact resume, damage, full disks, background saves."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -202,14 +203,14 @@ FULL_DISK = (
     import resource
     unlimited = resource.RLIM_INFINITY
 
-    def fill_the_disk(name, in_background):
+    def fill_the_disk(name, in_background, limit):
         checkpoint = {{"async_save": in_background}}
         with t.Run(t.tiny_config(Path({root!r}), run={{"name": name}}, checkpoint=checkpoint)) as run:
             run.train(1)
             run.save(must_succeed=True)
             run.train(1)
             before = t.fingerprint(run.parts)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, unlimited))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
             run.save()
             run.checkpointer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
@@ -222,15 +223,34 @@ FULL_DISK = (
             assert run.folder.committed_steps() == [1, 2]
         print("survived", name, text)
 
-    fill_the_disk("foreground", False)
-    fill_the_disk("background", True)
+    # 1,000 bytes refuse even the first small file, 40,000 only the shards.
+    fill_the_disk("foreground", False, 40_000)
+    fill_the_disk("background", True, 40_000)
+    fill_the_disk("at_once", True, 1_000)
 """
 )
 
 
 def test_a_write_that_the_kernel_refuses_harms_nothing(tmp_path):
     output = run_script(tmp_path, FULL_DISK)
-    assert "survived foreground" in output and "survived background" in output
+    assert (
+        "survived foreground" in output and "survived background" in output and "survived at_once" in output
+    )
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
+def test_a_refusal_while_megatron_plans_its_files_harms_nothing(tmp_path, monkeypatch, in_background):
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "common.pt")
+
+    with Run(tiny_config(tmp_path, checkpoint={"async_save": in_background})) as run:
+        run.train(1)
+        monkeypatch.setattr(mcore_checkpointing.dist_checkpointing, "save", refuse)
+        assert run.save() is False
+        assert "No space left on device" in run.events.text("checkpoint_failed")
+        monkeypatch.undo()
+        assert run.save(must_succeed=True)
+        assert run.folder.committed_steps() == [1]
 
 
 # One import for all lives: each life is a fork that trains and saves until it is killed.
