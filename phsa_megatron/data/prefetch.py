@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -12,6 +13,7 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 _POLL_EVERY_S = 0.2
+_ABANDON_AFTER_S = 2.0
 
 
 class _Failure:
@@ -29,7 +31,7 @@ class Prefetcher(Generic[Key, Item]):
     The order of the results is the order of the keys, so reading ahead changes nothing but time. An error of
     `read` is raised by the `next` that would have returned its result; after it the iteration is over.
 
-    Use it as a context manager, or call `close()`: it stops the thread and waits for it.
+    Use it as a context manager, or call `close()`: it stops the thread.
     """
 
     def __init__(
@@ -89,10 +91,15 @@ class Prefetcher(Generic[Key, Item]):
             return result
 
     def close(self) -> None:
-        """Stop the thread, wait for it and drop what it has read. A second call does nothing."""
+        """Stop the thread and drop what it has read. A second call does nothing.
+
+        A read that does not return (a network file system that hangs) is left alone after two seconds:
+        whoever closes wants to leave, and the thread is a daemon that ends with its read.
+        """
         self._finished = True
         self._closing.set()
-        while self._thread.is_alive():
+        give_up_at_s = time.monotonic() + _ABANDON_AFTER_S
+        while self._thread.is_alive() and time.monotonic() < give_up_at_s:
             self._drop_results()
             self._thread.join(timeout=_POLL_EVERY_S)
         self._drop_results()

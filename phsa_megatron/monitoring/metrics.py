@@ -72,12 +72,6 @@ METRICS: dict[str, Metric] = {
             "progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."
         ),
         Metric("train/loss_nats", "nats/token", _TOKEN_MEAN, "Next-token cross-entropy of the step's batch."),
-        Metric(
-            "train/mtp_<n>/loss_nats",
-            "nats/token",
-            _TOKEN_MEAN,
-            "Cross-entropy of multi-token-prediction depth n, counted from 1; not part of train/loss_nats.",
-        ),
         Metric("optim/lr", "1", _LAST, "Learning rate used by the step."),
         Metric(
             "optim/grad_norm",
@@ -152,12 +146,6 @@ METRICS: dict[str, Metric] = {
             "s",
             "wall time on rank 0",
             "Time training stood still for a save.",
-        ),
-        Metric(
-            "checkpoint/commit_s",
-            "s",
-            "wall time on rank 0",
-            "Time from the request of a save until it was committed.",
         ),
     )
 }

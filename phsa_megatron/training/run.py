@@ -71,8 +71,6 @@ class Run:
     """Tells a person and the records what happened; on process 0."""
     asked: StopRequest = field(default_factory=StopRequest)
     """What was asked and not yet done; `save` is struck off by `save`, `exit` stays."""
-    data_hangs: bool = False
-    """This process left while a read of training data was still on its way."""
 
     def poll(self) -> StopRequest:
         """Looks for requests to save or leave, on all processes together, and returns what is still to do."""
@@ -110,7 +108,6 @@ class Run:
                 if not self.groups.any_true(batches is None):
                     return batches
                 if self.poll().exit:
-                    self.data_hangs = batches is None
                     return None
         finally:
             self.meter.data_wait_s += time.perf_counter() - start_s
@@ -297,12 +294,8 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
         return [run.train_reader.micro_batch(first, size) for first in starts]
 
     steps = range(first_step, run.config.run.train_steps + 1)
-    prefetcher = Prefetcher(read, steps, depth=2, poll=_give_up_waiting)
-    try:
+    with Prefetcher(read, steps, depth=2, poll=_give_up_waiting) as prefetcher:
         yield prefetcher
-    finally:
-        if not run.data_hangs:  # else waiting for its thread would hang as well; it is a daemon
-            prefetcher.close()
 
 
 class _StillWaiting(Exception):

@@ -83,6 +83,22 @@ def test_closing_ends_the_thread_though_its_queue_is_full():
         next(ahead)
 
 
+def test_closing_leaves_a_read_alone_that_never_returns():
+    release, reading = threading.Event(), threading.Event()
+
+    def read(key: int) -> int:
+        reading.set()
+        release.wait()
+        return key
+
+    ahead = Prefetcher(read, range(2))
+    assert reading.wait(timeout=30)
+    ahead.close()  # the test's own time limit is the negative control
+    with pytest.raises(StopIteration):
+        next(ahead)
+    release.set()
+
+
 def test_a_depth_without_room_is_refused():
     with pytest.raises(ValueError, match="depth=0"):
         Prefetcher(lambda key: key, range(2), depth=0)
