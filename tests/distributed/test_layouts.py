@@ -17,49 +17,12 @@ import pytest
 import torch
 
 from phsa_megatron.config.context_volume import context_volume
-from phsa_megatron.config.schema import AttentionKind, Recompute
+from tests.distributed.layout_matrix import CASES, LAYOUTS, VARIANTS
 
 # Four starts of python with megatron, two dozen layouts: about two minutes on two cores.
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("layout_worker.py")
-VARIANTS = {
-    "plain": {},
-    "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
-    "tied": {"model__tie_embeddings": True},
-    "dense": {"attention__kind": AttentionKind.dense},
-}
-TP2, PP2, CP2 = ({f"parallel__{kind}_size": 2} for kind in ("tensor", "pipeline", "context"))
-SP, VPP2 = {"parallel__sequence_parallel": True}, {"parallel__virtual_pipeline_size": 2}
-FULL, SELECTIVE = ({"parallel__recompute": r} for r in (Recompute.full, Recompute.selective))
-LAYOUTS = {
-    "tp2": (2, TP2),
-    "tp2_sp": (2, TP2 | SP),
-    "pp2": (2, PP2),
-    "pp2_vpp2": (2, PP2 | VPP2),
-    "dp2": (2, {}),
-    "cp2": (2, CP2),
-    "cp2_full": (2, CP2 | FULL),
-    "cp4": (4, {"parallel__context_size": 4}),
-    "cp4_selective": (4, {"parallel__context_size": 4} | SELECTIVE),
-    "tp2_cp2_sp": (4, TP2 | CP2 | SP),
-    "cp2_pp2": (4, CP2 | PP2),
-    "cp2_pp2_full": (4, CP2 | PP2 | FULL),
-    "cp2_pp2_vpp2": (4, CP2 | PP2 | VPP2),
-    "dp2_cp2": (4, CP2),
-    "pp4": (4, {"parallel__pipeline_size": 4}),
-    "tp2_pp2_vpp2_sp": (4, TP2 | PP2 | VPP2 | SP),
-    "tp2_cp2_pp2_sp_full": (8, TP2 | CP2 | PP2 | SP | FULL),
-}
-BASIC = ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2")
-CASES = [
-    *((layout, variant) for layout in BASIC for variant in ("plain", "tied_mtp")),
-    *((layout, "plain") for layout in LAYOUTS if layout not in BASIC),
-    ("cp2_pp2", "tied"),
-    ("cp2", "dense"),
-    ("cp4", "dense"),
-    ("tp2_cp2_sp", "dense"),
-]
 # Two layouts sum the same fp32 numbers in another order. A gradient element is a sum over 256 tokens of
 # products through four layers; errors of sqrt(256) roundings of 2^-24, doubled at each of about eight
 # operations, stay below this share of a tensor's largest element.
