@@ -43,6 +43,10 @@ class BlockOwners:
     """int64 [NB]: the place of each block, in natural order, among the slots of all processes."""
     is_block: Tensor
     """bool [NB]: False past the last complete block."""
+    own_boundaries: Tensor
+    """int32 [2]: the slots' tokens as one document, for the pooling op."""
+    following: Tensor
+    """int64 [2]: the place, among the chunks of all processes, of the chunk after each of the own two."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,11 @@ class ContextShard:
         """
         m = settings.block_tokens
         owners: BlockOwners = side_info.once("block_owners", lambda: self._block_owners(side_info, m))
-        keys = torch.cat([key, self._boundary_keys(key, m)]) if m > 1 else key
-        num_own = len(owners.own_tokens)
-        boundaries = torch.tensor([0, num_own], dtype=torch.int32, device=key.device)
+        keys = torch.cat([key, self._boundary_keys(key, m, owners.following)]) if m > 1 else key
         own = pool(
             keys.index_select(0, owners.own_tokens),
             owners.own_weights,
-            boundaries,
+            owners.own_boundaries,
             block_tokens=m,
             impl=settings.impl.value,
         )
@@ -165,20 +167,15 @@ class ContextShard:
                     parts[rank, which, :, place] = chunks[:, number]
         return parts.flatten(2, 4)
 
-    def _boundary_keys(self, key: Tensor, m: int) -> Tensor:
+    def _boundary_keys(self, key: Tensor, m: int, following: Tensor) -> Tensor:
         """Return [b * 2 * (m - 1), Hkv, D]: the keys that follow each of this process's chunks.
 
         After the last chunk of a row nothing follows; what stands there is never read.
         """
         starts = self.by_chunk(key)[:, :, : m - 1]  # [b, 2, m - 1, Hkv, D]
         gathered = start_all_gather(starts, self.group).wait()
-        size = self.group.size()
-        places = natural_order(size)
-        following = [places[min(number + 1, 2 * size - 1)] for number in own_chunks(size, self.group.rank())]
-        # [b, CP * 2, m - 1, Hkv, D], taken at the chunks after the own ones
-        chunks = gathered.transpose(0, 1).flatten(1, 2)
-        chosen = chunks.index_select(1, torch.tensor(following, device=key.device))
-        return chosen.reshape(-1, *key.shape[1:])
+        chunks = gathered.transpose(0, 1).flatten(1, 2)  # [b, CP * 2, m - 1, Hkv, D]
+        return chunks.index_select(1, following).reshape(-1, *key.shape[1:])
 
     def _block_owners(self, side_info: SideInfo, m: int) -> BlockOwners:
         """Return where blocks lie. A chunk of c tokens, a multiple of m, has c / m slots for its blocks."""
@@ -202,16 +199,20 @@ class ContextShard:
         row, number_in_row = chunk // (2 * size), chunk % (2 * size)
         slot = torch.arange(num_blocks, device=device) - before[chunk]
         # Slots are gathered as [CP, b, 2, c / m].
-        place = torch.tensor(natural_order(size), device=device)[number_in_row]
+        places = torch.tensor(natural_order(size), device=device)
+        place = places[number_in_row]
         gathered = ((place // 2 * self.num_rows + row) * 2 + place % 2) * slots + slot
         own = self._own_slots(first, before, m)
         safe = own.clamp(max=num_tokens - 1)
         weights = side_info.pool_weights.reshape(-1)[safe]
+        after = [min(n + 1, 2 * size - 1) for n in own_chunks(size, self.group.rank())]
         return BlockOwners(
             own_tokens=self._place_of_own(safe, own < num_tokens, m),
             own_weights=torch.where(own < num_tokens, weights, 0.0).flatten(),
             slot_of_block=torch.where(is_block, gathered, 0),
             is_block=is_block,
+            own_boundaries=torch.tensor([0, own.numel()], dtype=torch.int32, device=device),
+            following=places[torch.tensor(after, device=device)],
         )
 
     def _own_slots(self, first: Tensor, before: Tensor, m: int) -> Tensor:

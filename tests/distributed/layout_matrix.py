@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from phsa_megatron.config.schema import AttentionKind, Recompute
+from phsa_megatron.config.schema import AttentionKind, Dtype, Recompute
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
     "tied": {"model__tie_embeddings": True},
     "dense": {"attention__kind": AttentionKind.dense},
+    "bf16": {"run__dtype": Dtype.bf16},
 }
 TP2, PP2, CP2 = ({f"parallel__{kind}_size": 2} for kind in ("tensor", "pipeline", "context"))
 SP, VPP2 = {"parallel__sequence_parallel": True}, {"parallel__virtual_pipeline_size": 2}
@@ -45,6 +46,9 @@ CASES = [
     *((layout, variant) for layout in BASIC for variant in ("plain", "tied_mtp")),
     *((layout, "plain") for layout in LAYOUTS if layout not in BASIC),
     ("cp2_pp2", "tied"),
+    ("cp2", "bf16"),
+    ("cp4", "bf16"),
+    ("dp2_cp2", "bf16"),
     ("cp2", "dense"),
     ("cp4", "dense"),
     ("tp2_cp2_sp", "dense"),
@@ -56,6 +60,7 @@ _HEADINGS = {
     "tied": "PHSA, tied embeddings",
     "tied_mtp": "PHSA, tied embeddings, multi-token prediction",
     "dense": "dense",
+    "bf16": "PHSA, bf16",
 }
 
 

@@ -57,6 +57,28 @@ def sequence(number: int) -> tuple[torch.Tensor, list[int]]:
     return tokens, [0, cut, SEQ_LEN_TOKENS]
 
 
+def smallest_score_gap_frac(query: torch.Tensor, key: torch.Tensor, info: SideInfo) -> float:
+    """Return by which share of itself the last chosen score is above the best one left out, at the least."""
+    settings, (position, _) = info.attention, info.positions()
+    m, smallest = settings.block_tokens, float("inf")
+    weighted = key * info.pool_weights.view(-1, 1, 1)
+    for start, end in info.document_bounds():
+        complete = (end - start) // m
+        pooled = weighted[start : start + complete * m].unflatten(0, (complete, m)).sum(1)
+        current = (position[start:end] // m)[:, None, None]
+        block = torch.arange(complete)
+        heads = query[start:end].unflatten(1, (key.shape[1], -1))  # [n, Hkv, R, D]
+        dots = torch.einsum("nhrd,bhd->nhrb", heads, pooled) * query.shape[2] ** -0.5
+        scores = dots.masked_fill(block >= current[..., None], -torch.inf).softmax(-1).sum(2)
+        candidate = (block >= settings.init_tokens // m) & (block <= current - settings.local_tokens // m)
+        best = scores.masked_fill(~candidate, -torch.inf).topk(min(complete, info.topk + 1), -1).values
+        if complete > info.topk:
+            chosen, left_out = best[..., -2], best[..., -1]
+            gaps = ((chosen - left_out) / chosen)[left_out > -torch.inf]
+            smallest = min([smallest, *gaps.tolist()])
+    return smallest
+
+
 class KeepingRecorder(SelectionRecorder):
     """Sums up, and keeps what each query selected: {(layer, sequence, position, key-value head): blocks}."""
 
@@ -64,12 +86,16 @@ class KeepingRecorder(SelectionRecorder):
         super().__init__(num_layers)
         self.first_head = first_head
         self.selected: dict[tuple[int, int, int, int], tuple[int, ...]] = {}
+        self.score_gap_frac = float("inf")
         self._numbers = {sequence(n)[0].numpy().tobytes(): n for n in range(NUM_SEQUENCES)}
 
     def record(self, layer_number: int, *args: Any, **kwargs: Any) -> None:
         """Take one layer's selection; see SelectionListener."""
         super().record(layer_number, *args, **kwargs)
-        _, _, _, ids, _, side_info, *rest = args
+        query, key, _, ids, _, side_info, *rest = args
+        if not rest:
+            gap = smallest_score_gap_frac(query.detach(), key.detach(), side_info)
+            self.score_gap_frac = min(self.score_gap_frac, gap)
         tokens = rest[0].tolist() if rest else range(len(ids))
         numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]
         for token, heads in zip(tokens, ids.tolist(), strict=True):
@@ -228,6 +254,7 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
         "pieces": pieces,
         "selection": groups.sum_over_world(recorder.sums),
         "selected": recorder.selected,
+        "score_gap_frac": recorder.score_gap_frac,
         "sent_bytes": sent_bytes,
         "sample": generate(
             model,
