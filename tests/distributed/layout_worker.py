@@ -94,7 +94,7 @@ class KeepingRecorder(SelectionRecorder):
         super().record(layer_number, *args, **kwargs)
         query, key, _, ids, _, side_info, *rest = args
         if not rest:
-            gap = smallest_score_gap_frac(query.detach(), key.detach(), side_info)
+            gap = smallest_score_gap_frac(query.detach().float(), key.detach().float(), side_info)
             self.score_gap_frac = min(self.score_gap_frac, gap)
         tokens = rest[0].tolist() if rest else range(len(ids))
         numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]

@@ -171,7 +171,7 @@ def test_every_query_selects_the_same_blocks(results, layout, variant):
 
 @pytest.mark.parametrize("variant", ["plain", "tied", "tied_mtp"])
 def test_selection_is_not_a_matter_of_rounding(results, variant):
-    """Equal blocks show something: no two scores at the edge of the choice are as close as rounding errors."""
+    """Equal blocks show something: no scores at the edge of a choice are as close as rounding errors."""
     (reference,) = results[f"one-{variant}"]
     assert 10 * GRADIENT_BOUND < reference["score_gap_frac"] < 1
 
