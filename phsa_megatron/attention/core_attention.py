@@ -2,8 +2,10 @@
 
 Both stand where megatron's DotProductAttention stands: they receive queries and keys after RoPE, and read
 document boundaries from the SideInfo on `packed_seq_params`. Neither has parameters, so that a checkpoint
-is the same for both. Letters: S tokens of a row, b rows, T = b * S, Hq/Hkv heads of this tensor-parallel
-process, D head dim.
+is the same for both. With context parallelism they receive this process's part of each row and fetch the
+other processes' keys and values (`context_parallel.py`). Letters: S tokens of a row, CP context-parallel
+processes, b rows, T = b * S, Tq = T / CP own queries, Hq/Hkv heads of this tensor-parallel process, D head
+dim.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from phsa_kernels.api import phsa_attention
+from phsa_kernels.api import attend, block_boundaries, phsa_attention, select
+from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.schema import AttentionConfig
@@ -44,7 +48,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         """Take what megatron passes to a core attention, and from the layer spec `attention` and `mtp_depth`.
 
         Raises:
-            ConfigError: dropout, context parallelism, or attention other than causal self-attention is
+            ConfigError: dropout, hybrid context parallelism, or attention other than causal self-attention is
                 asked for.
             DeviceError: this megatron-core passes an argument whose meaning is unknown here.
         """
@@ -63,11 +67,12 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ConfigError(f"attention dropout is {dropout}; {type(self).__name__} has none: set it to 0")
-        if config.context_parallel_size > 1:
+        if getattr(config, "hybrid_context_parallel", False):
             raise ConfigError(
-                f"parallel.context_size={config.context_parallel_size}: {type(self).__name__} sees whole "
-                "sequences only; use context_size=1"
+                f"hybrid_context_parallel is on: {type(self).__name__} shards every sequence over one group "
+                "of parallel.context_size processes; turn it off"
             )
+        self.context_group = None if config.context_parallel_size == 1 else pg_collection.cp
         self.layer_number = layer_number
         self.attention = attention
         self.mtp_depth = mtp_depth
@@ -83,12 +88,12 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: SideInfo | None = None,
     ) -> Tensor:
-        """Return the attention output [S, b, Hq * D].
+        """Return the attention output [S / CP, b, Hq * D].
 
         Args:
-            query: [S, b, Hq, D] after RoPE.
-            key: [S, b, Hkv, D] after RoPE.
-            value: [S, b, Hkv, D].
+            query: [S / CP, b, Hq, D] after RoPE.
+            key: [S / CP, b, Hkv, D] after RoPE.
+            value: [S / CP, b, Hkv, D].
             attention_mask: must be None: documents and causality come from the side information.
             attn_mask_type: None or causal.
             attention_bias: must be None.
@@ -100,12 +105,23 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         """
         side_info = self._checked(query, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         side_info = side_info.at_mtp_depth(self.mtp_depth)
-        out = self._attend(_flat(query), _flat(key), _flat(value), side_info)
-        seq_len_tokens, num_rows = query.shape[:2]
-        return out.reshape(num_rows, seq_len_tokens, -1).transpose(0, 1).contiguous()
+        flat = _flat(query), _flat(key), _flat(value)
+        own_tokens, num_rows = query.shape[:2]
+        if self.context_group is None:
+            out = self._attend(*flat, side_info)
+        else:
+            shard = ContextShard(self.context_group, num_rows, side_info.token_ids.shape[1])
+            out = self._attend_sharded(*flat, side_info, shard)
+        return out.reshape(num_rows, own_tokens, -1).transpose(0, 1).contiguous()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         """Return [T, Hq, D] for query [T, Hq, D], key and value [T, Hkv, D], row after row."""
+        raise NotImplementedError
+
+    def _attend_sharded(
+        self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
+    ) -> Tensor:
+        """Return [Tq, Hq, D] for query [Tq, Hq, D], key and value [Tq, Hkv, D]: this process's tokens."""
         raise NotImplementedError
 
     def _checked(
@@ -121,10 +137,11 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
                 f"layer {self.layer_number} got {type(side_info).__name__} instead of a SideInfo: pass "
                 "packed_seq_params=SideInfo.build(...) to the model's forward"
             )
-        if query.dim() != 4 or tuple(side_info.token_ids.shape) != (query.shape[1], query.shape[0]):
+        size = 1 if self.context_group is None else self.context_group.size()
+        if query.dim() != 4 or tuple(side_info.token_ids.shape) != (query.shape[1], query.shape[0] * size):
             raise ValueError(
-                f"layer {self.layer_number}: queries are {tuple(query.shape)}, expected [S, b, heads, D] "
-                f"with the side information's [b, S] = {tuple(side_info.token_ids.shape)}"
+                f"layer {self.layer_number}: queries are {tuple(query.shape)}, expected [S / {size}, b, "
+                f"heads, D] with the side information's [b, S] = {tuple(side_info.token_ids.shape)}"
             )
         if attention_mask is not None or attention_bias is not None:
             raise ValueError(
@@ -165,6 +182,48 @@ class PHSACoreAttention(_DocumentAttention):
             side_info.recorder.record(self.layer_number, query, key, value, ids, lse, side_info)
         return out
 
+    def _attend_sharded(
+        self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
+    ) -> Tensor:
+        settings = self.attention
+        tokens = shard.tokens(side_info)
+        q_pos, q_doc = side_info.once("context_q", lambda: tuple(x[tokens] for x in side_info.positions()))
+        windows: dict[str, Any] = {
+            "init_tokens": settings.init_tokens,
+            "local_tokens": settings.local_tokens,
+            "block_tokens": settings.block_tokens,
+            "softmax_scale": self.softmax_scale,
+            "impl": settings.impl.value,
+        }
+        pooled = shard.gather_pooled(key.detach(), side_info, settings)
+        # Only after the small gather: collectives of one group run one after the other.
+        gathering = shard.start_keys_and_values(key, value)
+        ids = select(
+            query.detach(),
+            pooled,
+            q_pos,
+            q_doc,
+            block_boundaries(side_info.cu_seqlens, settings.block_tokens),
+            topk=side_info.topk,
+            group_score=settings.group_score.value,
+            **windows,
+        )
+        keys, values = shard.keys_and_values(key, value, gathering)
+        out, lse = attend(
+            query,
+            keys,
+            values,
+            ids,
+            q_pos,
+            q_doc,
+            side_info.cu_seqlens,
+            dense_len_tokens=settings.dense_len_tokens,
+            **windows,
+        )
+        if side_info.recorder is not None:
+            side_info.recorder.record(self.layer_number, query, keys, values, ids, lse, side_info, tokens)
+        return out
+
 
 class DenseCoreAttention(_DocumentAttention):
     """Full causal attention inside every document, by torch's scaled_dot_product_attention.
@@ -187,6 +246,28 @@ class DenseCoreAttention(_DocumentAttention):
             for start, end in side_info.document_bounds()
         ]
         return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+
+    def _attend_sharded(
+        self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
+    ) -> Tensor:
+        gathering = shard.start_keys_and_values(key, value)
+        keys, values = shard.keys_and_values(key, value, gathering)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))  # [1, H, Tq or T, D]
+        pieces = [
+            scaled_dot_product_attention(
+                q[:, :, piece.own_start : piece.own_end],
+                k[:, :, piece.keys_start : piece.keys_end],
+                v[:, :, piece.keys_start : piece.keys_end],
+                # The last query sees the last key.
+                attn_mask=causal_lower_right(
+                    piece.own_end - piece.own_start, piece.keys_end - piece.keys_start
+                ),
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )
+            for piece in shard.document_pieces(side_info)
+        ]
+        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class SelectionRecorder:
         ids: Tensor,
         lse: Tensor,
         side_info: SideInfo,
+        tokens: Tensor | None = None,
     ) -> None:
         """Add one layer's selection of one micro-batch.
 
@@ -66,18 +67,25 @@ class SelectionRecorder:
 
         Args:
             layer_number: from 1.
-            query: [T, Hq, D].
+            query: [Tq, Hq, D].
             key: [T, Hkv, D].
             value: [T, Hkv, D].
-            ids: int32 [T, Hkv, k], the chosen blocks.
-            lse: fp32 [T, Hq], log-sum-exp over all attended keys.
+            ids: int32 [Tq, Hkv, k], the chosen blocks.
+            lse: fp32 [Tq, Hq], log-sum-exp over all attended keys.
             side_info: of this micro-batch.
+            tokens: int64 [Tq], which of the T tokens the queries are; None if they are all of them, in order.
+                Context-parallel processes sample the same tokens as one process, each among its own.
         """
         settings = side_info.attention
         position, document = side_info.positions()
-        num_tokens = len(query)
-        rows = torch.linspace(0, num_tokens - 1, min(num_tokens, self.max_rows), device=query.device).long()
-        q_pos, q_doc = position[rows], document[rows]
+        num_tokens = len(key)
+        sample = torch.linspace(0, num_tokens - 1, min(num_tokens, self.max_rows), device=query.device).long()
+        if tokens is None:
+            rows = sample
+        else:
+            rows = torch.isin(tokens, sample).nonzero().flatten()
+            sample = tokens[rows]
+        q_pos, q_doc = position[sample], document[sample]
         _, window_lse = attend(
             query[rows],
             key,

@@ -42,14 +42,18 @@ class SelectionListener(Protocol):
         ids: Tensor,
         lse: Tensor,
         side_info: SideInfo,
+        tokens: Tensor | None = None,
     ) -> None:
-        """Take one layer's selection of one micro-batch."""
+        """Take one layer's selection of one micro-batch, for all its tokens or for the queries `tokens`."""
         ...
 
 
 @dataclass(eq=False, kw_only=True)
 class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """Token side information of one micro-batch. Layers read it; none of them changes it.
+
+    It is always that of whole sequences in natural order, on every context-parallel process: it costs a few
+    bytes a token, and a process selects among the blocks of all.
 
     b rows of S tokens; N documents at most. The fields inherited from megatron describe a row as one
     sequence: RotaryEmbedding takes its length from `max_seqlen_*`, and multi-token prediction rolls by
@@ -122,7 +126,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return (position in its document, document index), both int32 [b * S]."""
-        return self._once("positions", lambda: token_positions(self.cu_seqlens, self.token_ids.numel()))
+        return self.once("positions", lambda: token_positions(self.cu_seqlens, self.token_ids.numel()))
 
     def document_bounds(self) -> list[tuple[int, int]]:
         """Return (first, past the last) flattened token of every document that has any, on the host.
@@ -135,7 +139,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             bounds = self.cu_seqlens.tolist()
             return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
 
-        return self._once("document_bounds", read)
+        return self.once("document_bounds", read)
 
     def at_mtp_depth(self, depth: int) -> SideInfo:
         """Return the side information for the layer of multi-token-prediction depth `depth`.
@@ -147,7 +151,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         """
         if depth == 0:
             return self
-        return self._once(("depth", depth), lambda: self._shifted(depth))
+        return self.once(("depth", depth), lambda: self._shifted(depth))
 
     def _shifted(self, depth: int) -> SideInfo:
         position, document = self.positions()
@@ -178,8 +182,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         position, _ = self.positions()
         return loss_mask * (position >= num_depths).view(loss_mask.shape)
 
-    def _once(self, name: Any, compute: Callable[[], _T]) -> _T:
-        """Return a derived value, computed at its first use and shared by all layers."""
+    def once(self, name: Any, compute: Callable[[], _T]) -> _T:
+        """Return what `compute` gives, computed at the first use of `name` and shared by all layers."""
         if name not in self._memo:
             self._memo[name] = compute()
         value: _T = self._memo[name]

@@ -18,7 +18,8 @@ class MemoryEstimate:
         weights_gib: weights in the run's dtype.
         grads_gib: fp32 gradient sums.
         optimizer_gib: Adam's two moments, and fp32 master weights for bf16.
-        activations_gib: what the backward pass needs, without the logits. Rough.
+        activations_gib: what the backward pass needs, without the logits, with the keys and values that
+            context parallelism gathers. Rough.
         logits_gib: logits of one micro-batch in fp32 with their gradient.
         total_gib: the sum; allocator overhead and communication buffers come on top.
     """
@@ -49,8 +50,8 @@ def estimate_memory(
     # fp32 training updates the weights themselves; bf16 training keeps fp32 masters beside the two moments.
     optimizer_bytes = (12 if config.run.dtype == Dtype.bf16 else 8) * here
     if parallel.distributed_optimizer:
-        optimizer_bytes /= data_parallel
-    tokens = config.optim.micro_batch_sequences * config.data.seq_len_tokens
+        optimizer_bytes /= data_parallel * parallel.context_size
+    tokens = config.optim.micro_batch_sequences * config.data.seq_len_tokens // parallel.context_size
     in_flight = min(parallel.pipeline_size, micro_batches)
     activations = _activation_bytes(config, tokens, layers_here, element) * in_flight
     logits = tokens * padded_vocab / parallel.tensor_size * (element + 2 * 4)
@@ -74,7 +75,10 @@ def _activation_bytes(config: TrainConfig, tokens: int, layers: int, element: in
     # the attention output, and gate, up and their product.
     residual = 4 * model.hidden_size / (tensor_size if config.parallel.sequence_parallel else 1)
     inside = (3 * (q_width + kv_width) + kv_width + q_width + 3 * model.ffn_hidden_size) / tensor_size
-    per_layer = tokens * element * (residual + inside)
+    # Context parallelism keeps all processes' keys and values, gathered.
+    context_size = config.parallel.context_size
+    gathered = 2 * kv_width / tensor_size * context_size if context_size > 1 else 0
+    per_layer = tokens * element * (residual + inside + gathered)
     core = _core_attention_bytes(config, tokens) / tensor_size
     match config.parallel.recompute:
         case Recompute.none:

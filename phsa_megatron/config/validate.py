@@ -174,12 +174,27 @@ def _validation_text(config: TrainConfig) -> Iterator[str]:
 
 
 def _context_parallel(config: TrainConfig) -> Iterator[str]:
-    if config.parallel.context_size != 1:
+    size, length = config.parallel.context_size, config.data.seq_len_tokens
+    if size == 1:
+        return
+    # Whole blocks fit into a chunk, so that each chunk has a fixed number of places for pooled keys.
+    phsa = config.attention.kind == AttentionKind.phsa
+    unit = 2 * size * (config.attention.block_tokens if phsa else 1)
+    if length % unit:
+        per_chunk = f" x attention.block_tokens={config.attention.block_tokens}" if phsa else ""
         yield _broken(
-            "parallel.context_size",
-            config.parallel.context_size,
-            "context parallelism is not supported yet",
-            "set parallel.context_size=1",
+            "data.seq_len_tokens",
+            length,
+            f"each of the 2 x parallel.context_size={size} chunks of a sequence is whole blocks: "
+            f"a multiple of 2 x {size}{per_chunk} = {unit}",
+            f"use {_multiples_around(length, unit)}",
+        )
+    if config.model.mtp_num_layers:
+        yield _broken(
+            "model.mtp_num_layers",
+            config.model.mtp_num_layers,
+            f"multi-token prediction is not verified with parallel.context_size={size}",
+            "set model.mtp_num_layers=0, or parallel.context_size=1",
         )
 
 
@@ -276,12 +291,15 @@ def _sequence_parallel(config: TrainConfig) -> Iterator[str]:
             "it shards inside a tensor-parallel group, and parallel.tensor_size is 1",
             "set parallel.sequence_parallel=false or a larger tensor size",
         )
-    if length % parallel.tensor_size:
+    parts = parallel.context_size * parallel.tensor_size
+    if length % parts:
+        context = f"parallel.context_size={parallel.context_size} x " if parallel.context_size > 1 else ""
         yield _broken(
             "data.seq_len_tokens",
             length,
-            f"with sequence_parallel it divides evenly among parallel.tensor_size={parallel.tensor_size}",
-            "use a multiple of the tensor size",
+            f"with sequence_parallel it divides evenly among {context}"
+            f"parallel.tensor_size={parallel.tensor_size}",
+            f"use a multiple of {parts}" if context else "use a multiple of the tensor size",
         )
 
 

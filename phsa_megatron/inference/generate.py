@@ -6,6 +6,7 @@ was trained. Works under every layout, because it goes through megatron's own sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,8 @@ from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.parallel.groups import Groups
 
 # Sequences are padded to a multiple of this with a document of its own, which no earlier token can see: few
-# different shapes, and every tensor-parallel size divides them under sequence parallelism.
+# different shapes, and every tensor-parallel size divides each context-parallel process's part under sequence
+# parallelism.
 _LENGTH_MULTIPLE = 64
 
 
@@ -96,18 +98,23 @@ def _next_logits(
     table: PunctuationTable,
 ) -> Tensor | None:
     """Return the logits [padded vocab] after the last token; None where this process has no output layer."""
-    length = -(-len(tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    unit = _LENGTH_MULTIPLE
+    if groups.context_size > 1:
+        unit = math.lcm(unit, 2 * config.attention.block_tokens) * groups.context_size
+    length = -(-len(tokens) // unit) * unit
     padded = torch.zeros(1, length, dtype=torch.int64)
     padded[0, : len(tokens)] = torch.tensor(tokens)
     boundaries = torch.tensor([0, len(tokens), length], dtype=torch.int32)
     settings = config.attention
     topk = settings.train_topk if settings.infer_topk is None else settings.infer_topk
     padded, boundaries = padded.to(groups.device), boundaries.to(groups.device)
+    positions = torch.arange(length, device=groups.device).unsqueeze(0)
 
     def forward_step(_: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         side_info = SideInfo.build(padded, boundaries, table, settings, topk)
-        output, logits = _forward(chunk, padded, side_info, config.model.mtp_num_layers > 0)
-        return output, partial(_at_last_token, logits, len(tokens) - 1)
+        own = groups.own_part(padded), groups.own_part(positions)
+        output, logits = _forward(chunk, *own, side_info, config.model.mtp_num_layers > 0)
+        return output, partial(_at_token, logits, groups.own_part(positions)[0] == len(tokens) - 1)
 
     collected: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -120,18 +127,22 @@ def _next_logits(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    return collected[-1] if collected else None
+    # One context-parallel process has the token, the others add zeros.
+    return groups.sum_over_context(collected[-1]) if collected else None
 
 
-def _at_last_token(logits: list[Tensor], last: int, output: Tensor, non_loss_data: bool = True) -> Tensor:
-    """Return the logits [padded vocab] of one position; the schedule calls it on the last stage."""
-    return logits[-1][last]
+def _at_token(logits: list[Tensor], is_wanted: Tensor, output: Tensor, non_loss_data: bool = True) -> Tensor:
+    """Return the logits [padded vocab] of the one wanted position, 0 where this process does not have it.
+
+    The schedule calls it on the last stage.
+    """
+    return logits[-1].masked_fill(~is_wanted[:, None], 0.0).sum(0)
 
 
 def _forward(
-    chunk: torch.nn.Module, tokens: Tensor, side_info: SideInfo, predicts_further: bool
+    chunk: torch.nn.Module, tokens: Tensor, positions: Tensor, side_info: SideInfo, predicts_further: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (the chunk's output, its logits [S, padded vocab] if it has an output layer).
+    """Return (the chunk's output, its logits [S / CP, padded vocab] if it has an output layer).
 
     Logits are taken where the output layer leaves them. A model with multi-token prediction computes its
     losses on the way and needs labels for that; the main stack's logits are the output layer's last result.
@@ -142,7 +153,6 @@ def _forward(
         for name, module in chunk.named_modules()
         if name.rsplit(".", 1)[-1] == "output_layer"
     ]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     try:
         output = chunk(
             tokens,

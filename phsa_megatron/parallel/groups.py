@@ -20,7 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.schema import Device, TrainConfig
-from phsa_megatron.parallel import cpu_shim, mcore
+from phsa_megatron.parallel import cpu_shim, mcore, zigzag
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -55,6 +55,20 @@ class Groups:
     collection: ProcessGroupCollection
     """megatron's process groups."""
 
+    @property
+    def context_rank(self) -> int:
+        """Return which part of every sequence this process holds."""
+        return int(self.collection.cp.rank())
+
+    @property
+    def context_size(self) -> int:
+        """Return into how many parts a sequence is divided."""
+        return int(self.collection.cp.size())
+
+    def own_part(self, rows: Tensor) -> Tensor:
+        """Return [b, S / CP]: what this process holds of `rows` [b, S], on any device."""
+        return zigzag.own_part(rows, self.context_size, self.context_rank)
+
     def any_true(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process. Every process must call it."""
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
@@ -62,7 +76,11 @@ class Groups:
         return bool(votes.item())
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over the processes that share this process's part of the model."""
+        """Return the sum of `tensor` over the processes that share this process's part of the model.
+
+        They differ in data rank, or in the part of the sequences that they hold: what is the same for a whole
+        sequence must be counted at one context rank only.
+        """
         total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total, group=self.collection.dp_cp)
         return total
@@ -71,6 +89,12 @@ class Groups:
         """Return the sum of `tensor` over all processes."""
         total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
+        return total
+
+    def sum_over_context(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over the processes that hold parts of the same sequences."""
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total, group=self.collection.cp)
         return total
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:

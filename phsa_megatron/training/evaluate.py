@@ -118,7 +118,7 @@ class Evaluator:
             recorder = SelectionRecorder(self._config.model.num_layers)
         # Dense layers do not read the number of selected blocks, which is 0 for them.
         topk = parts.derived.topk_inference or self._config.attention.train_topk
-        forward_step = ForwardStep(self._config, self._table, topk, self._groups.device, recorder)
+        forward_step = ForwardStep(self._config, self._table, topk, self._groups, recorder)
         with _unchanged(parts):
             for batch in self._rounds(should_leave):
                 if batch is None:
@@ -154,7 +154,8 @@ class Evaluator:
         """Adds a micro-batch to the sums [domains, (nats, tokens, bytes)]; only the last stage has rows."""
         if not rows:
             return
-        num_bytes = (self._bytes_of_token[batch.labels] * (batch.loss_mask > 0)).sum(dim=1)
+        labels, counted = self._groups.own_part(batch.labels), self._groups.own_part(batch.loss_mask) > 0
+        num_bytes = (self._bytes_of_token[labels] * counted).sum(dim=1)
         for i, domain in enumerate(batch.domains):
             row = sums[self.reader.order.domains.index(domain)]
             row[:2] += rows[0][:, i]

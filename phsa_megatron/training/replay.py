@@ -171,7 +171,7 @@ def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
         config,
         punctuation_table(config, tokenizer, groups),
         config.attention.train_topk,
-        groups.device,
+        groups,
         poisoned=faults.happens("nan_loss", step),
     )
     batches = [

@@ -150,7 +150,9 @@ class Meter:
         """Returns the metrics of the steps since the last record, and begins the next. Collective."""
         self._take(run.state)
         speed = self.throughput.update(self._training_s, self._num_steps * run.derived.tokens_per_step)
-        overflow = torch.tensor(self._num_overflow_tokens, dtype=torch.int64, device=run.groups.device)
+        # Context-parallel processes read the same sequences: one of them counts.
+        mine = self._num_overflow_tokens if run.groups.context_rank == 0 else 0
+        overflow = torch.tensor(mine, dtype=torch.int64, device=run.groups.device)
         values = {
             "train/loss_nats": result.loss_nats,
             "optim/lr": result.lr,

@@ -107,7 +107,7 @@ class ForwardStep:
         config: the run.
         table: punctuation flags, on the device of the model.
         topk: selected blocks per query.
-        device: where the model is.
+        groups: of this process; the model sees its part of every sequence, side information is whole.
         recorder: collects selection statistics, in evaluation.
         poisoned: an injected fault: multiply the loss by NaN.
     """
@@ -115,16 +115,18 @@ class ForwardStep:
     config: TrainConfig
     table: PunctuationTable
     topk: int
-    device: torch.device
+    groups: Groups
     recorder: SelectionListener | None = None
     poisoned: bool = False
 
     def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         """Returns the chunk's output and the function that turns the last stage's output into the loss."""
         batch = next(batches)
-        tokens, labels, loss_mask, position_ids, cu_seqlens = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens)
+        device, part = self.groups.device, self.groups.own_part
+        tokens, cu_seqlens = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.cu_seqlens))
+        own_tokens, labels, loss_mask, position_ids = (
+            part(x).to(device, non_blocking=True)
+            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
         # Fresh for each micro-batch and each chunk: layers recompute from what their own call captured.
         side_info = SideInfo.build(
@@ -132,7 +134,7 @@ class ForwardStep:
         )
         num_depths = self.config.model.mtp_num_layers
         output = model(
-            tokens,
+            own_tokens,
             position_ids,
             None,
             labels=labels,
@@ -145,13 +147,13 @@ class ForwardStep:
         """Sums the losses of a micro-batch.
 
         Args:
-            loss_mask: fp32 [b, S].
-            losses: nats per token, [b, S].
+            loss_mask: fp32 [b, S / CP].
+            losses: nats per token, [b, S / CP].
 
         Returns:
             The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its
-            sum over micro-batches and data-parallel processes), and fp64 [2, b]: nats and tokens of each
-            sequence.
+            sum over micro-batches, data-parallel and context-parallel processes), and fp64 [2, b]: nats and
+            tokens of this process's part of each sequence.
         """
         losses = losses.float().view_as(loss_mask)
         if self.poisoned:
@@ -168,8 +170,9 @@ def forward_backward(
     """Runs the micro-batches of one step through megatron's schedule for this layout.
 
     Returns:
-        On the last pipeline stage, fp64 [2, b] per micro-batch: nats and tokens of each sequence. Elsewhere
-        nothing. Unless `forward_only`, gradients are summed, reduced and divided by the number of tokens.
+        On the last pipeline stage, fp64 [2, b] per micro-batch: nats and tokens of this process's part of
+        each sequence. Elsewhere nothing. Unless `forward_only`, gradients are summed, reduced and divided
+        by the number of tokens.
     """
     rows: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -207,7 +210,7 @@ def train_step(
         parts.config,
         table,
         parts.config.attention.train_topk,
-        parts.groups.device,
+        parts.groups,
         poisoned=faults.happens("nan_loss", step),
     )
     parts.zero_grad()

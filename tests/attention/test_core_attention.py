@@ -151,8 +151,6 @@ def test_what_it_does_not_do_is_refused_at_construction(cls):
         _attention(cls, attention_dropout=0.1)
     with pytest.raises(ConfigError, match="dropout is 0.2"):
         _attention(cls, config=SimpleNamespace(attention_dropout=0.2, context_parallel_size=1))
-    with pytest.raises(ConfigError, match="parallel.context_size=2"):
-        _attention(cls, config=SimpleNamespace(attention_dropout=0.0, context_parallel_size=2))
     with pytest.raises(ConfigError, match="causal self-attention"):
         _attention(cls, attn_mask_type=AttnMaskType.no_mask)
     with pytest.raises(ConfigError, match="causal self-attention"):

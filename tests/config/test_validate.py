@@ -50,8 +50,23 @@ BROKEN = [
     ),
     (
         "_context_parallel",
-        {"parallel.context_size": 2, "cluster.processes_per_node": 2},
-        ["parallel.context_size=2", "not supported yet", "set parallel.context_size=1"],
+        {"parallel.context_size": 2, "cluster.processes_per_node": 2, "data.seq_len_tokens": 520},
+        ["data.seq_len_tokens=520", "2 x 2 x attention.block_tokens=16 = 64", "use 512 or 576"],
+    ),
+    (
+        "_context_parallel",
+        {
+            "parallel.context_size": 4,
+            "cluster.processes_per_node": 4,
+            "attention.kind": AttentionKind.dense,
+            "data.seq_len_tokens": 516,
+        },
+        ["data.seq_len_tokens=516", "multiple of 2 x 4 = 8", "use 512 or 520"],
+    ),
+    (
+        "_context_parallel",
+        {"parallel.context_size": 2, "cluster.processes_per_node": 2, "model.mtp_num_layers": 1},
+        ["model.mtp_num_layers=1", "not verified with parallel.context_size=2", "set model.mtp_num_layers=0"],
     ),
     (
         "_processes_divide",

@@ -3,7 +3,8 @@
 Called by test_layouts.py through torchrun: `layout_worker.py JOB_FILE OUT_DIR`. JOB_FILE is a torch file
 with a list of (name, TrainConfig). Every layout starts from the same weights, which are a function of each
 tensor's global name and shape, and sees the same global batch. For each layout every rank writes its pieces
-of every gradient.
+of every gradient, the blocks that it selected, and the bytes that its context-parallel group sent. A name
+that begins with `broken` loses one process's pooled keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from phsa_megatron.parallel import cpu_shim
@@ -18,6 +21,7 @@ from phsa_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
@@ -26,6 +30,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
+from phsa_megatron.attention.context_parallel import ContextShard  # noqa: E402
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
 from phsa_megatron.attention.selection_stats import SelectionRecorder  # noqa: E402
 from phsa_megatron.attention.side_info import SideInfo  # noqa: E402
@@ -42,11 +47,104 @@ TABLE = PunctuationTable.build(
 
 
 def sequence(number: int) -> tuple[torch.Tensor, list[int]]:
-    """Return tokens int64 [S] of a sequence of the global batch and its document boundaries."""
+    """Return tokens int64 [S] of a sequence of the global batch and its document boundaries.
+
+    With blocks of 4 and chunks of 16 or 8 tokens, second documents start off every boundary of either.
+    """
     generator = torch.Generator().manual_seed(100 + number)
     tokens = torch.randint(0, 100, (SEQ_LEN_TOKENS,), generator=generator)
-    cut = int(torch.randint(1, SEQ_LEN_TOKENS, (1,), generator=generator))
+    cut = int(torch.randint(0, SEQ_LEN_TOKENS // 4, (1,), generator=generator)) * 4 + 1 + number % 3
     return tokens, [0, cut, SEQ_LEN_TOKENS]
+
+
+def smallest_score_gap_frac(query: torch.Tensor, key: torch.Tensor, info: SideInfo) -> float:
+    """Return by which share of itself the last chosen score is above the best one left out, at the least."""
+    settings, (position, _) = info.attention, info.positions()
+    m, smallest = settings.block_tokens, float("inf")
+    weighted = key * info.pool_weights.view(-1, 1, 1)
+    for start, end in info.document_bounds():
+        complete = (end - start) // m
+        pooled = weighted[start : start + complete * m].unflatten(0, (complete, m)).sum(1)
+        current = (position[start:end] // m)[:, None, None]
+        block = torch.arange(complete)
+        heads = query[start:end].unflatten(1, (key.shape[1], -1))  # [n, Hkv, R, D]
+        dots = torch.einsum("nhrd,bhd->nhrb", heads, pooled) * query.shape[2] ** -0.5
+        scores = dots.masked_fill(block >= current[..., None], -torch.inf).softmax(-1).sum(2)
+        candidate = (block >= settings.init_tokens // m) & (block <= current - settings.local_tokens // m)
+        best = scores.masked_fill(~candidate, -torch.inf).topk(min(complete, info.topk + 1), -1).values
+        if complete > info.topk:
+            chosen, left_out = best[..., -2], best[..., -1]
+            gaps = ((chosen - left_out) / chosen)[left_out > -torch.inf]
+            smallest = min([smallest, *gaps.tolist()])
+    return smallest
+
+
+class KeepingRecorder(SelectionRecorder):
+    """Sums up, and keeps what each query selected: {(layer, sequence, position, key-value head): blocks}."""
+
+    def __init__(self, num_layers: int, first_head: int) -> None:
+        super().__init__(num_layers)
+        self.first_head = first_head
+        self.selected: dict[tuple[int, int, int, int], tuple[int, ...]] = {}
+        self.score_gap_frac = float("inf")
+        self._numbers = {sequence(n)[0].numpy().tobytes(): n for n in range(NUM_SEQUENCES)}
+
+    def record(self, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        """Take one layer's selection; see SelectionListener."""
+        super().record(layer_number, *args, **kwargs)
+        query, key, _, ids, _, side_info, *rest = args
+        if not rest:
+            gap = smallest_score_gap_frac(query.detach().float(), key.detach().float(), side_info)
+            self.score_gap_frac = min(self.score_gap_frac, gap)
+        tokens = rest[0].tolist() if rest else range(len(ids))
+        numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]
+        for token, heads in zip(tokens, ids.tolist(), strict=True):
+            row, position = divmod(token, SEQ_LEN_TOKENS)
+            for head, blocks in enumerate(heads):
+                place = (layer_number, numbers[row], position, self.first_head + head)
+                # Recomputation records again, and has to select the same.
+                assert self.selected.setdefault(place, tuple(blocks)) == tuple(blocks), place
+
+
+@contextmanager
+def counted_bytes(group: dist.ProcessGroup) -> Iterator[dict[str, int]]:
+    """Count what this process sends to others of `group` through torch's collectives, by collective."""
+    counts = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}
+    originals = {name: getattr(dist, name) for name in counts}
+
+    def counting(name: str) -> Any:
+        def call(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("group") is group:
+                part = min(output.numel(), tensor.numel()) * tensor.element_size()
+                counts[name] += part * (group.size() - 1)
+            return originals[name](output, tensor, *args, **kwargs)
+
+        return call
+
+    for name in counts:
+        setattr(dist, name, counting(name))
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+@contextmanager
+def lost_pooled_keys() -> Iterator[None]:
+    """The last context-parallel process's pooled keys arrive as zeros: what the comparison must see."""
+    whole = ContextShard.gather_pooled
+
+    def incomplete(shard: ContextShard, key: Any, side_info: Any, settings: Any) -> torch.Tensor:
+        if shard.group.rank() == shard.group.size() - 1:
+            key = torch.zeros_like(key)
+        return whole(shard, key, side_info, settings)
+
+    ContextShard.gather_pooled = incomplete  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ContextShard.gather_pooled = whole  # type: ignore[method-assign]
 
 
 def sharded_tensors(chunks: list[Any], groups: Groups) -> list[ShardedTensor]:
@@ -100,7 +198,9 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     micro, share = config.optim.micro_batch_sequences, NUM_SEQUENCES // groups.data_size
     first = groups.data_rank * share
     sums = torch.zeros(2, dtype=torch.float64)
-    recorder = SelectionRecorder(config.model.num_layers)
+    tensor_group = groups.collection.tp
+    first_head = tensor_group.rank() * config.model.num_kv_heads // tensor_group.size()
+    recorder = KeepingRecorder(config.model.num_layers, first_head)
 
     def batches() -> Any:
         for start in range(first, first + share, micro):
@@ -115,16 +215,18 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
             tokens, cu_seqlens, TABLE, config.attention, config.attention.train_topk, recorder
         )
         positions = torch.arange(SEQ_LEN_TOKENS).expand_as(tokens)
-        mask = torch.ones(tokens.shape)
-        mask[:, -1] = 0.0
+        whole_mask = torch.ones(tokens.shape)
+        whole_mask[:, -1] = 0.0
+        part = groups.own_part
         out = chunk(
-            tokens,
-            positions,
+            part(tokens),
+            part(positions),
             None,
-            labels=tokens.roll(-1, 1),
-            loss_mask=info.mtp_loss_mask(mask, config.model.mtp_num_layers),
+            labels=part(tokens.roll(-1, 1)),
+            loss_mask=part(info.mtp_loss_mask(whole_mask, config.model.mtp_num_layers)),
             packed_seq_params=info,
         )
+        mask = part(whole_mask)
 
         def loss(output: torch.Tensor) -> Any:
             total = (output.view_as(mask) * mask).sum()
@@ -135,21 +237,25 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
 
     for chunk in model:
         chunk.zero_grad_buffer()
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[batches() for _ in model],
-        model=model,
-        num_microbatches=share // micro,
-        seq_length=SEQ_LEN_TOKENS,
-        micro_batch_size=micro,
-        forward_only=False,
-    )
+    with counted_bytes(groups.collection.cp) as sent_bytes:
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[batches() for _ in model],
+            model=model,
+            num_microbatches=share // micro,
+            seq_length=SEQ_LEN_TOKENS,
+            micro_batch_size=micro,
+            forward_only=False,
+        )
     pieces = _gradient_pieces(chunks, groups)
     totals = groups.sum_over_data(groups.from_last_stage(sums))
     return {
         "loss": (totals[0] / totals[1]).item(),
         "pieces": pieces,
         "selection": groups.sum_over_world(recorder.sums),
+        "selected": recorder.selected,
+        "score_gap_frac": recorder.score_gap_frac,
+        "sent_bytes": sent_bytes,
         "sample": generate(
             model,
             [3, 14, 15, 92],
@@ -192,7 +298,9 @@ def main(job_file: str, out_dir: str) -> None:
     rank = os.environ.get("RANK", "0")
     for name, config in torch.load(job_file, weights_only=False):
         groups = initialize(config)
-        torch.save(take_gradients(config, groups), os.path.join(out_dir, f"{name}.{rank}.pt"))
+        with lost_pooled_keys() if name.startswith("broken") else nullcontext():
+            found = take_gradients(config, groups)
+        torch.save(found, os.path.join(out_dir, f"{name}.{rank}.pt"))
         groups.barrier()
         groups.close()
 

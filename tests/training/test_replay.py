@@ -75,7 +75,7 @@ def test_the_first_module_that_breaks_is_named(tiny_config, open_groups):
     tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
     batch = BatchReader(config, "train", tokenizer).micro_batch(0, 2)
     forward_step = ForwardStep(
-        config, punctuation_table(config, tokenizer, parts.groups), topk=1, device=parts.groups.device
+        config, punctuation_table(config, tokenizer, parts.groups), topk=1, groups=parts.groups
     )
     with replay_module.first_bad_outputs(parts) as bad:
         forward_backward(parts, [batch], forward_step, forward_only=True)

@@ -109,8 +109,16 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
             "evaluate.every_steps": 2,
             "checkpoint.save_every_steps": 2,
         },
+        {
+            "parallel.context_size": 2,
+            "parallel.recompute": "full",
+            "parallel.overlap_grad_reduce": True,
+            "parallel.overlap_param_gather": True,
+            "evaluate.every_steps": 2,
+            "checkpoint.save_every_steps": 2,
+        },
     ],
-    ids=["tensor", "sequence", "pipeline", "overlap"],
+    ids=["tensor", "sequence", "pipeline", "overlap", "context"],
 )
 def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config, run, monkeypatch, layout):
     """One checkpoint, continued by one process and by two: the same losses and gradients, to rounding."""
@@ -130,6 +138,45 @@ def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config
         expected = [step[name] for step in straight.steps if name in step]
         found = _curve(two, name)
         assert found[-len(expected) :] == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_parallelism(tiny_config, run):
+    """Two context-parallel processes report what one does, and one process finishes their stopped run."""
+    common = {
+        # Few enough that pieces become padding: the count of that must not double.
+        "data.max_documents_per_sequence": 2,
+        "evaluate.every_steps": 1,
+        "run.sample_prompts": ["the cat"],
+        "run.sample_num_tokens": 4,
+    }
+    straight = run(tiny_config(**{"run.name": "one"}, **common))
+    two = tiny_config(
+        **{"run.name": "two", "cluster.processes_per_node": 2, "parallel.context_size": 2}, **common
+    )
+    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@3:1")
+    assert [code for code, _, _ in stopped] == [0, 0], stopped
+    shutil.copytree(RunFolder.of(two).path, RunFolder.of(two).path.with_name("three"), symlinks=True)
+    alone = run(tiny_config(**{"run.name": "three"}, **common))
+    assert len(alone.steps) == len(straight.steps) == 6
+
+    reported = [
+        name for name in straight.steps[0] if name.startswith(("train/", "optim/", "val/", "attention/"))
+    ]
+    reported += ["progress/consumed_tokens", "data/overflow_tokens"]
+    assert straight.steps[0]["data/overflow_tokens"] > 0
+    assert any(name.startswith("attention/layer_2/") for name in reported)
+    for name in set(reported) - {"val/eval_s", "optim/num_zeros"}:
+        # The evaluation of the step at which it was stopped did not happen.
+        pairs = [
+            (one[name], other[name])
+            for one, other in zip(straight.steps, alone.steps, strict=True)
+            if name in one and name in other
+        ]
+        assert len(pairs) >= 5, name
+        assert [other for _, other in pairs] == pytest.approx([one for one, _ in pairs], rel=1e-4), name
+    samples = [json.loads(r.folder.summary_file.read_text())["samples"] for r in (straight, alone)]
+    assert samples[0] == samples[1]
 
 
 def test_a_settings_file_that_is_not_there_is_one_line(tmp_path):

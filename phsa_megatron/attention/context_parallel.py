@@ -1,0 +1,267 @@
+"""Attention whose queries, keys and values lie on several processes, exact to the bit of the selection.
+
+Each process owns two chunks of every row (`parallel/zigzag.py`) and computes the output of its own queries:
+
+1. The first m - 1 keys of every chunk are gathered: a document may start at any token, so that a block may
+   begin in one chunk and end in the next. A block belongs to the process that has its first token.
+2. Every process pools its own blocks, over the same keys in the same order as a single process would, and
+   the pooled keys (1/m of the keys) are gathered.
+3. The gather of all keys and values is started, and runs while the own queries score all blocks and select.
+4. The own queries attend over all keys, in natural order. Backward sums the gradients of keys and values
+   over processes and leaves each process its own (reduce-scatter, in the dtype of the keys).
+
+No gradient flows through 1 and 2. All shapes follow from the settings; nothing depends on where documents
+start. Letters as in `core_attention.py`; c = S / (2 * CP) tokens of a chunk, m tokens of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phsa_kernels.api import pool
+from phsa_megatron.attention.side_info import SideInfo
+from phsa_megatron.config.schema import AttentionConfig
+from phsa_megatron.parallel.exchange import Gathering, reduce_scatter, start_all_gather
+from phsa_megatron.parallel.zigzag import natural_order, own_chunks, own_positions
+
+
+@dataclass(frozen=True)
+class BlockOwners:
+    """Where the complete blocks of a micro-batch lie: the same for all layers, computed once."""
+
+    own_tokens: Tensor
+    """int64 [own slots * m]: for each of this process's block slots, its tokens' places among the process's
+    own tokens [b, 2, c] flattened, followed by the boundary keys [b, 2, m - 1] flattened."""
+    own_weights: Tensor
+    """fp32 [own slots * m]: pooling weights of those tokens; 0 in slots without a block."""
+    slot_of_block: Tensor
+    """int64 [NB]: the place of each block, in natural order, among the slots of all processes."""
+    is_block: Tensor
+    """bool [NB]: False past the last complete block."""
+    own_boundaries: Tensor
+    """int32 [2]: the slots' tokens as one document, for the pooling op."""
+    following: Tensor
+    """int64 [2]: the place, among the chunks of all processes, of the chunk after each of the own two."""
+
+
+@dataclass(frozen=True)
+class DocumentPiece:
+    """Consecutive own queries of one document, and the keys from the document's start to the last of them."""
+
+    own_start: int
+    """Among the own tokens [b * S / CP]."""
+    own_end: int
+    keys_start: int
+    """Among all tokens [b * S]."""
+    keys_end: int
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """This process's part of every row of a micro-batch of `num_rows` x `seq_len_tokens`."""
+
+    group: dist.ProcessGroup
+    num_rows: int
+    seq_len_tokens: int
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Return c."""
+        return self.seq_len_tokens // (2 * self.group.size())
+
+    def tokens(self, side_info: SideInfo) -> Tensor:
+        """Return int64 [b * S / CP]: this process's tokens among the b * S of the micro-batch, ascending."""
+
+        def compute() -> Tensor:
+            own = own_positions(
+                self.seq_len_tokens, self.group.size(), self.group.rank(), side_info.token_ids.device
+            )
+            row = torch.arange(self.num_rows, device=own.device) * self.seq_len_tokens
+            return (row[:, None] + own).flatten()
+
+        return side_info.once("context_tokens", compute)
+
+    def document_pieces(self, side_info: SideInfo) -> list[DocumentPiece]:
+        """Return the pieces of documents that this process's chunks hold; together they are its tokens.
+
+        On a GPU the first call of a micro-batch waits for the device, as `SideInfo.document_bounds` does.
+        """
+
+        def cut() -> list[DocumentPiece]:
+            size, c = self.group.size(), self.chunk_tokens
+            numbers = [
+                row * 2 * size + number
+                for row in range(self.num_rows)
+                for number in own_chunks(size, self.group.rank())
+            ]
+            pieces = []
+            for place, number in enumerate(numbers):
+                for start, end in side_info.document_bounds():
+                    first, last = max(start, number * c), min(end, (number + 1) * c)
+                    if first < last:
+                        to_own = (place - number) * c
+                        pieces.append(DocumentPiece(first + to_own, last + to_own, start, last))
+            return pieces
+
+        return side_info.once("document_pieces", cut)
+
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """Return [b, 2, c, H, D] of this process's [b * S / CP, H, D]."""
+        return x.view(self.num_rows, 2, self.chunk_tokens, *x.shape[1:])
+
+    def gather_pooled(self, key: Tensor, side_info: SideInfo, settings: AttentionConfig) -> Tensor:
+        """Return the pooled keys of all blocks [NB, Hkv, 1, D], equal to those of a single process.
+
+        Args:
+            key: this process's keys [b * S / CP, Hkv, D], without gradient.
+            side_info: of the whole micro-batch.
+            settings: the block size and the implementation are read.
+        """
+        m = settings.block_tokens
+        owners: BlockOwners = side_info.once("block_owners", lambda: self._block_owners(side_info, m))
+        keys = torch.cat([key, self._boundary_keys(key, m, owners.following)]) if m > 1 else key
+        own = pool(
+            keys.index_select(0, owners.own_tokens),
+            owners.own_weights,
+            owners.own_boundaries,
+            block_tokens=m,
+            impl=settings.impl.value,
+        )
+        pooled = start_all_gather(own, self.group).wait().flatten(0, 1).index_select(0, owners.slot_of_block)
+        return pooled.masked_fill(~owners.is_block[:, None, None, None], 0.0)
+
+    def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering:
+        """Start to gather the keys and values [b * S / CP, Hkv, D] of all processes."""
+        return start_all_gather(torch.stack([key.detach(), value.detach()]), self.group)
+
+    def keys_and_values(self, key: Tensor, value: Tensor, gathering: Gathering) -> tuple[Tensor, Tensor]:
+        """Return all keys and all values [b * S, Hkv, D] in natural order, once `gathering` is complete.
+
+        Differentiable: the gradients of `key` and `value` are sums over all processes.
+        """
+        both: tuple[Tensor, Tensor] = _FinishGather.apply(  # type: ignore[no-untyped-call]
+            key, value, gathering, self
+        )
+        return both
+
+    def natural(self, gathered: Tensor) -> Tensor:
+        """Return [2, b * S, Hkv, D] in natural order of the gathered [CP, 2, b * S / CP, Hkv, D]."""
+        size, tail = self.group.size(), gathered.shape[3:]
+        chunks = gathered.view(size, 2, self.num_rows, 2, self.chunk_tokens, *tail)
+        in_order = [chunks[place // 2, :, :, place % 2] for place in natural_order(size)]
+        return torch.cat(in_order, dim=2).view(2, -1, *tail)
+
+    def by_process(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Return [CP, 2, b * S / CP, Hkv, D] of two [b * S, Hkv, D]: the inverse of `natural`."""
+        size, tail = self.group.size(), keys.shape[1:]
+        parts = keys.new_empty(size, 2, self.num_rows, 2, self.chunk_tokens, *tail)
+        for which, x in enumerate((keys, values)):
+            chunks = x.view(self.num_rows, 2 * size, self.chunk_tokens, *tail)
+            for rank in range(size):
+                for place, number in enumerate(own_chunks(size, rank)):
+                    parts[rank, which, :, place] = chunks[:, number]
+        return parts.flatten(2, 4)
+
+    def _boundary_keys(self, key: Tensor, m: int, following: Tensor) -> Tensor:
+        """Return [b * 2 * (m - 1), Hkv, D]: the keys that follow each of this process's chunks.
+
+        After the last chunk of a row nothing follows; what stands there is never read.
+        """
+        starts = self.by_chunk(key)[:, :, : m - 1]  # [b, 2, m - 1, Hkv, D]
+        gathered = start_all_gather(starts, self.group).wait()
+        chunks = gathered.transpose(0, 1).flatten(1, 2)  # [b, CP * 2, m - 1, Hkv, D]
+        return chunks.index_select(1, following).reshape(-1, *key.shape[1:])
+
+    def _block_owners(self, side_info: SideInfo, m: int) -> BlockOwners:
+        """Return where blocks lie. A chunk of c tokens, a multiple of m, has c / m slots for its blocks."""
+        position, document = (x.long() for x in side_info.positions())
+        num_tokens, c, size = len(position), self.chunk_tokens, self.group.size()
+        num_blocks, slots = num_tokens // m, c // m
+        device = position.device
+        complete = ((side_info.cu_seqlens[1:] - side_info.cu_seqlens[:-1]) // m)[document]
+        starts_block = (position % m == 0) & (position // m < complete)
+        # Blocks are numbered by their first token: documents in order, and blocks in order in each.
+        number = starts_block.long().cumsum(0) - 1
+        token = torch.arange(num_tokens, device=device)
+        first = torch.full((num_blocks + 1,), num_tokens, device=device)
+        first = first.scatter(0, torch.where(starts_block, number, num_blocks), token)
+        # The last entry collects the tokens that start no block; what follows must not take it for one.
+        first[num_blocks] = num_tokens
+        is_block = first[:-1] < num_tokens
+        before = torch.searchsorted(first[:-1], torch.arange(0, num_tokens, c, device=device))
+
+        chunk = first[:-1].clamp(max=num_tokens - 1) // c  # over all rows
+        row, number_in_row = chunk // (2 * size), chunk % (2 * size)
+        slot = torch.arange(num_blocks, device=device) - before[chunk]
+        # Slots are gathered as [CP, b, 2, c / m].
+        places = torch.tensor(natural_order(size), device=device)
+        place = places[number_in_row]
+        gathered = ((place // 2 * self.num_rows + row) * 2 + place % 2) * slots + slot
+        own = self._own_slots(first, before, m)
+        safe = own.clamp(max=num_tokens - 1)
+        weights = side_info.pool_weights.reshape(-1)[safe]
+        after = [min(n + 1, 2 * size - 1) for n in own_chunks(size, self.group.rank())]
+        return BlockOwners(
+            own_tokens=self._place_of_own(safe, own < num_tokens, m),
+            own_weights=torch.where(own < num_tokens, weights, 0.0).flatten(),
+            slot_of_block=torch.where(is_block, gathered, 0),
+            is_block=is_block,
+            own_boundaries=torch.tensor([0, own.numel()], dtype=torch.int32, device=device),
+            following=places[torch.tensor(after, device=device)],
+        )
+
+    def _own_slots(self, first: Tensor, before: Tensor, m: int) -> Tensor:
+        """Return int64 [b * 2, c / m, m]: the tokens of this process's block slots; b * S where no block is.
+
+        Args:
+            first: int64 [NB + 1], the first token of each block, b * S for none.
+            before: int64 [b * 2 * CP], blocks that start before each chunk.
+            m: tokens of a block.
+        """
+        size, num_tokens = self.group.size(), self.num_rows * self.seq_len_tokens
+        device = first.device
+        row = torch.arange(self.num_rows, device=device)[:, None] * 2 * size
+        chunks = (row + torch.tensor(own_chunks(size, self.group.rank()), device=device)).flatten()
+        after = torch.cat([before[1:], before.new_full((1,), len(first))])
+        block = before[chunks][:, None] + torch.arange(self.chunk_tokens // m, device=device)
+        start = first[block.clamp(max=len(first) - 1)]
+        exists = (block < after[chunks][:, None]) & (start < num_tokens)
+        tokens = start[..., None] + torch.arange(m, device=device)
+        return torch.where(exists[..., None], tokens, num_tokens)
+
+    def _place_of_own(self, tokens: Tensor, exists: Tensor, m: int) -> Tensor:
+        """Return, flattened, where `tokens` [b * 2, c / m, m] of own slots lie; 0 where no block is.
+
+        That is among the own tokens [b, 2, c] followed by the boundary keys [b, 2, m - 1].
+        """
+        c, num_chunks = self.chunk_tokens, len(tokens)
+        own_chunk = torch.arange(num_chunks, device=tokens.device)[:, None, None]
+        # A block's first token is in the chunk; its offset tells which of its tokens are beyond the end.
+        offset = tokens % c
+        first_offset = offset[..., :1]
+        inside = offset >= first_offset
+        place = torch.where(inside, own_chunk * c + offset, num_chunks * c + own_chunk * (m - 1) + offset)
+        return torch.where(exists, place, 0).flatten()
+
+
+class _FinishGather(torch.autograd.Function):
+    """Waits for keys and values; backward returns each process the gradients of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, gathering: Gathering, shard: ContextShard
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shard = shard
+        keys, values = shard.natural(gathering.wait()).unbind(0)
+        return keys, values
+
+    @staticmethod
+    def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        shard: ContextShard = ctx.shard
+        own = reduce_scatter(shard.by_process(grad_keys.contiguous(), grad_values.contiguous()), shard.group)
+        return own[0], own[1], None, None

@@ -1,0 +1,90 @@
+"""Which layouts are tried with which models, and the table of them in docs/layouts.md.
+
+    PYTHONPATH=.:kernels:launch python tests/distributed/layout_matrix.py
+
+prints the table; a test holds the page to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phsa_megatron.config.schema import AttentionKind, Dtype, Recompute
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
+    "tied": {"model__tie_embeddings": True},
+    "dense": {"attention__kind": AttentionKind.dense},
+    "bf16": {"run__dtype": Dtype.bf16},
+}
+TP2, PP2, CP2 = ({f"parallel__{kind}_size": 2} for kind in ("tensor", "pipeline", "context"))
+SP, VPP2 = {"parallel__sequence_parallel": True}, {"parallel__virtual_pipeline_size": 2}
+FULL, SELECTIVE = ({"parallel__recompute": r} for r in (Recompute.full, Recompute.selective))
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, TP2),
+    "tp2_sp": (2, TP2 | SP),
+    "pp2": (2, PP2),
+    "pp2_vpp2": (2, PP2 | VPP2),
+    "dp2": (2, {}),
+    "cp2": (2, CP2),
+    "cp2_full": (2, CP2 | FULL),
+    "cp4": (4, {"parallel__context_size": 4}),
+    "cp4_selective": (4, {"parallel__context_size": 4} | SELECTIVE),
+    "tp2_cp2_sp": (4, TP2 | CP2 | SP),
+    "cp2_pp2": (4, CP2 | PP2),
+    "cp2_pp2_full": (4, CP2 | PP2 | FULL),
+    "cp2_pp2_vpp2": (4, CP2 | PP2 | VPP2),
+    "dp2_cp2": (4, CP2),
+    "pp4": (4, {"parallel__pipeline_size": 4}),
+    "tp2_pp2_vpp2_sp": (4, TP2 | PP2 | VPP2 | SP),
+    "tp2_cp2_pp2_sp_full": (8, TP2 | CP2 | PP2 | SP | FULL),
+}
+# What each number of processes has been tried with first; the other layouts run the cases that differ there.
+BASIC = ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2")
+CASES = [
+    *((layout, variant) for layout in BASIC for variant in ("plain", "tied_mtp")),
+    *((layout, "plain") for layout in LAYOUTS if layout not in BASIC),
+    ("cp2_pp2", "tied"),
+    ("cp2", "bf16"),
+    ("cp4", "bf16"),
+    ("dp2_cp2", "bf16"),
+    ("cp2", "dense"),
+    ("cp4", "dense"),
+    ("tp2_cp2_sp", "dense"),
+]
+
+
+_HEADINGS = {
+    "plain": "PHSA",
+    "tied": "PHSA, tied embeddings",
+    "tied_mtp": "PHSA, tied embeddings, multi-token prediction",
+    "dense": "dense",
+    "bf16": "PHSA, bf16",
+}
+
+
+def table() -> str:
+    """Return the layouts as a Markdown table, one line each."""
+    columns = ["processes", "TP", "SP", "PP", "VPP", "CP", "DP", "recompute", *_HEADINGS.values()]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for layout, (processes, changes) in LAYOUTS.items():
+        sizes = {kind: changes.get(f"parallel__{kind}_size", 1) for kind in ("tensor", "pipeline", "context")}
+        copies = processes // (sizes["tensor"] * sizes["pipeline"] * sizes["context"])
+        cells = [
+            processes,
+            sizes["tensor"],
+            "yes" if "parallel__sequence_parallel" in changes else "no",
+            sizes["pipeline"],
+            changes.get("parallel__virtual_pipeline_size", 1),
+            sizes["context"],
+            copies,
+            changes.get("parallel__recompute", Recompute.none).value,
+            *("equal" if (layout, variant) in CASES else "" for variant in _HEADINGS),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
