@@ -27,7 +27,7 @@ class Gathering:
     work: Any
 
     def wait(self) -> Tensor:
-        """Return the tensors of all processes, [size, ...]; on a GPU the current stream waits, not the host."""
+        """Return all processes' tensors, [size, ...]; on a GPU the current stream waits, not the host."""
         self.work.wait()
         return self.received
 
