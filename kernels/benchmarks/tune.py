@@ -96,8 +96,9 @@ def compile_in_parallel(parts):
         subprocess.Popen([sys.executable, __file__, "--compile", f"{heads[0]},{heads[1]},{k},{part},{parts}"])
         for heads, k, part in itertools.product(HEADS, TOPKS, range(parts))
     ]
-    if any([process.wait() for process in running]):
-        sys.exit("tuning: a compilation process failed")
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:  # only time is lost: tuning compiles what is not in the cache
+        print(f"{failed} of {len(running)} compilation processes failed", flush=True)
 
 
 def tune(rep_ms):

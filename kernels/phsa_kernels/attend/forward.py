@@ -26,7 +26,9 @@ def attend_keys(acc, peak, total, q, k, v, seen, scale, MASK: tl.constexpr):
     new_peak = tl.maximum(peak, tl.max(score, 1))
     shift = new_peak * scale
     p = tl.exp2(score * scale - shift[:, None])
-    shrink = tl.exp2(peak * scale - shift)
+    # Difference first: fused, `LOWEST * scale - shift` leaves the rounding of a huge number, not 0, in a row
+    # that has seen no key yet, and its power of two is infinite.
+    shrink = tl.exp2((peak - new_peak) * scale)
     acc = acc * shrink[:, None] + product(p.to(v.dtype), v)
     return acc, new_peak, total * shrink + tl.sum(p, 1)
 

@@ -40,7 +40,7 @@ def add_to_normalizer(peak, total, q, keys, seen, scale_log2, MASK: tl.constexpr
         score = tl.where(seen, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     shift = new_peak * scale_log2
-    total = total * tl.exp2(peak * scale_log2 - shift)
+    total = total * tl.exp2((peak - new_peak) * scale_log2)  # difference first, as in attend/forward.py
     return new_peak, total + tl.sum(tl.exp2(score * scale_log2 - shift[:, None]), 1)
 
 
