@@ -2,9 +2,9 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/tune.py --out kernels/phsa_kernels/tuning/sm_90.json
 
-Kernels are tuned one after another, each with the others as they are: the stage that holds the kernel is timed
-for both head shapes and k = 2 and 16 at 32k tokens, and the candidate with the smallest sum of times, each over
-the best of its case, wins. Without --out the times are printed and nothing is written.
+Kernels are tuned one after another, each with the others as they are: the stage that holds the kernel is
+timed for both head shapes and k = 2 and 16 at 32k tokens, and the candidate with the smallest sum of times,
+each over the best of its case, wins. Without --out the times are printed and nothing is written.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from phsa_kernels.configs import Launch
 
 SEQ_LEN = 32768
 TOPKS = (2, 16)
-# Stage, and the launches to try. The rows of dq are forward's, so each dq candidate names its forward as well.
+# Stage, and the launches to try. The rows of dq are forward's: each dq candidate names its forward as well.
 FORWARD = (
     Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(128, 64, 8, 3),
     Launch(128, 128, 8, 2), Launch(128, 32, 8, 3),
@@ -118,7 +118,12 @@ def tune(rep_ms):
         score = {c: sum(t / b for t, b in zip(row, best, strict=True)) for c, row in times.items()}
         for candidate, row in times.items():
             shown = dataclasses.astuple(candidate) if isinstance(candidate, Launch) else candidate
-            print(f"{name:16} {shown!s:20}", *(f"{ms:8.4f}" for ms in row), f"{score[candidate]:.3f}", flush=True)
+            print(
+                f"{name:16} {shown!s:20}",
+                *(f"{ms:8.4f}" for ms in row),
+                f"{score[candidate]:.3f}",
+                flush=True,
+            )
             log.append({"kernel": name, "launch": shown, "ms": row})
         table = changed(table, name, min(score, key=score.__getitem__))
     return table, log

@@ -1,7 +1,7 @@
 """Tile sizes by GPU architecture: a safe default, and what was measured better on one architecture.
 
-`tuning/sm_<capability>.json` is written by `benchmarks/tune.py`, an explicit command; nothing is tuned while a
-kernel runs.
+`tuning/sm_<capability>.json` is written by `benchmarks/tune.py`, an explicit command; nothing is tuned while
+a kernel runs.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from phsa_kernels.configs import configs_for
 from phsa_kernels.pool.kernels import cu_blocks_kernel, pool_kernel
 from phsa_kernels.select.kernels import normalizer_kernel, select_kernel
 
-
 _POOL_TOKENS = 64  # a program
 
 

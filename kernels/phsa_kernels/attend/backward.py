@@ -196,7 +196,7 @@ def chosen_dkdv_kernel(
     D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Add to DK, DV (contiguous [Tk, Hkv, D]) of one block what the queries that chose it give, in their order."""
+    """Add to DK, DV (contiguous [Tk, Hkv, D]) of one block what its queries give, in their order."""
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
     count = tl.load(COUNTS + kv_head * num_slots + slot)

@@ -48,7 +48,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def saved_shapes(q: Tensor, k: Tensor, ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of `rows` and `union`, int32.
 
-    rows [6, Tq]: the columns of `Rows`. union: first tokens [Hkv * tiles * T * k], bits (once or twice as many),
+    rows [6, Tq]: the columns of `Rows`. union: first tokens [Hkv * tiles * T * k], bits (as many or twice),
     counts [Hkv * tiles].
     """
     topk = ids.shape[2]

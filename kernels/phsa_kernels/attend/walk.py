@@ -1,6 +1,6 @@
 """The walk of a query tile over its keys, shared by forward and dQ.
 
-Three loops: steps at the edges of the windows (init, and both ends of the local window) with a mask; the inner
+Three loops: steps at the edges of the windows (init, both ends of the local window) with a mask; the inner
 steps of the local window, which every row of the tile sees in full, without one; the union of chosen blocks.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def inner_range(LOCAL_START, POSITION, top, bottom, BN: tl.constexpr):
-    """Return (first local key of any row, first and end of the whole steps all rows see in full, last key)."""
+    """Return (first local key of any row, first and end of the whole steps all rows see, last key)."""
     last = tl.load(POSITION + bottom) + 1
     lowest = tl.load(LOCAL_START + top)
     first = lowest + tl.cdiv(tl.load(LOCAL_START + bottom) - lowest, BN) * BN
@@ -38,7 +38,7 @@ def edge_step(
     step, init_steps, CU_SEQLENS, doc, last_doc, lowest, first_inner, end_inner, last, start, init_end,
     local_start, position, INIT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Return (first key, end of the keys that may be read, lowest and end of each row's own keys) of a step."""
+    """Return (first key, end of the keys to read, lowest and end of each row's own keys) of a step."""
     local = step - init_steps
     head_steps = tl.cdiv(first_inner - lowest, BN)
     first = tl.where(local < head_steps, lowest + local * BN, end_inner + (local - head_steps) * BN)

@@ -2,7 +2,7 @@
 
 Init keys are seen by every later query of their document. So that no program walks a long document alone,
 rows are cut into chunks: a key tile takes the rows of the chunk in which its document starts,
-`init_partial_kernel` takes every later chunk (which has at most one document that started before it) and leaves
+`init_partial_kernel` takes every later chunk (at most one document of it started before it) and leaves
 fp32 partial sums, and the key tile adds them in order.
 """
 
