@@ -29,7 +29,7 @@ _SLOTS_A_PROGRAM = 32
 
 
 class BlockQueries(NamedTuple):
-    """Slot s of head h owns `queries[ends[h, s] - counts[h, s] : ends[h, s]]`; its keys begin at starts[s]."""
+    """Slot s of head h owns `queries[ends[h, s] - counts[h, s] : ends[h, s]]`; keys begin at starts[s]."""
 
     queries: Tensor
     counts: Tensor
@@ -55,7 +55,7 @@ def count_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     E: tl.constexpr,
 ):
-    """RANK of a (tile, block) pair: how often the chunk's earlier tiles chose the block; COUNTERS: totals."""
+    """RANK of a (tile, block) pair: how often the chunk's earlier tiles chose it; COUNTERS: totals."""
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     counters = COUNTERS + (chunk.to(tl.int64) * num_kv_heads + head) * num_slots
