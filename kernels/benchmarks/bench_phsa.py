@@ -103,6 +103,12 @@ def peak_extra_mib(fn):
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
+def results_mib(heads, seq_len, backward):
+    """MiB of what the module must return: out and lse, and dq, dk, dv with the backward pass."""
+    rows = heads[0] + (heads[0] + 2 * heads[1] if backward else 0)
+    return seq_len * (rows * HEAD_DIM * 2 + heads[0] * 4) / 2**20
+
+
 class Case:
     """One (heads, length, k, drift): the calls that are timed."""
 
@@ -191,13 +197,17 @@ def rows_of(seq_len, heads, topk, overlap, dense, dense_mib, common, rep_ms, sta
             stage, kind == "fwd_bwd", **shape, seq_len=seq_len, init=INIT, local=LOCAL, topk=topk, block=BLOCK
         )
         eager = triton.testing.do_bench(call, warmup=3, rep=rep_ms, return_mode="median")
+        extra_mib = peak_extra_mib(call)
+        results = results_mib(heads, seq_len, kind == "fwd_bwd") if stage == "module" else None
         yield shape | {
             "seq_len_tokens": seq_len, "block": BLOCK, "topk": topk, "init_tokens": INIT,
             "local_tokens": LOCAL, "group_score": "softmax_sum", "overlap": overlap,
             "share_t32": round(queries_per_distinct_block(ids), 2), "drift": rho, "pass": kind,
             "stage": stage, "ours_ms": round(ms, 4), "ours_eager_ms": round(eager, 4),
             "roofline_ms": round(floor, 4), "cudnn_ms": round(dense[kind], 4),
-            "ratio": round(dense[kind] / ms, 3), "peak_extra_mib": peak_extra_mib(call),
+            "ratio": round(dense[kind] / ms, 3), "peak_extra_mib": extra_mib,
+            "beyond_results_mib": None if results is None else round(extra_mib - results, 1),
+            "limit_mib": round(64 * heads[1] * topk * seq_len / 2**20 + 512, 1),
             "cudnn_peak_extra_mib": dense_mib[kind],
         } | common  # fmt: skip
 
@@ -237,7 +247,14 @@ def measure(arguments):
                 rows.append(row)
                 if row["stage"] == "module":
                     keys = ("heads_q", "seq_len_tokens", "topk", "overlap", "share_t32", "pass")
-                    values = ("ours_ms", "ours_eager_ms", "cudnn_ms", "ratio", "peak_extra_mib")
+                    values = (
+                        "ours_ms",
+                        "cudnn_ms",
+                        "ratio",
+                        "peak_extra_mib",
+                        "beyond_results_mib",
+                        "limit_mib",
+                    )
                     print(*(row[key] for key in keys + values), flush=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "h100.json").write_text(json.dumps(rows, indent=1) + "\n")

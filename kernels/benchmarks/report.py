@@ -11,7 +11,8 @@ from matplotlib import pyplot
 
 COLUMNS = (
     "heads_q", "seq_len_tokens", "topk", "overlap", "share_t32", "stage", "pass", "ours_ms", "ours_eager_ms",
-    "roofline_ms", "cudnn_ms", "ratio", "peak_extra_mib", "cudnn_peak_extra_mib",
+    "roofline_ms", "cudnn_ms", "ratio", "peak_extra_mib", "beyond_results_mib",
+    "limit_mib", "cudnn_peak_extra_mib",
 )  # fmt: skip
 
 

@@ -1,11 +1,19 @@
-"""Tile sizes by GPU architecture: a safe default, and what was measured better on one architecture."""
+"""Tile sizes by GPU architecture: a safe default, and what was measured better on one architecture.
+
+`tuning/sm_<capability>.json` is written by `benchmarks/tune.py`, an explicit command; nothing is tuned while
+a kernel runs.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
+
+TABLES = Path(__file__).parent / "tuning"
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Configs:
-    """A launch for every kernel; `init_chunk_rows`: rows whose init gradients one program sums."""
+    """A launch for every kernel; `init_chunk_rows`: rows whose init gradients one program sums.
+
+    dQ walks the unions that forward has built, so its rows are forward's.
+    """
 
     normalizer: Launch
     select: Launch
@@ -39,26 +50,41 @@ SAFE = Configs(
     chosen_dkdv=Launch(64, 16, 4, 2),
     window_dkdv=Launch(64, 64, 4, 2),
 )
-# Chosen from the variants that NOTES.md lists, measured on an H100.
-BY_CAPABILITY: dict[tuple[int, int], Configs] = {
-    (9, 0): Configs(
-        normalizer=Launch(128, 64, 4, 3),
-        select=Launch(64, 64, 4, 2),
-        forward=Launch(64, 64, 4, 3),
-        dq=Launch(64, 64, 4, 2),
-        chosen_dkdv=Launch(64, 16, 4, 2),
-        window_dkdv=Launch(64, 64, 4, 3),
-    )
-}
+
+
+def table_path(capability: tuple[int, int]) -> Path:
+    """Return where the table of an architecture lies."""
+    return TABLES / f"sm_{capability[0]}{capability[1]}.json"
+
+
+def write_table(table: Configs, path: Path) -> None:
+    """Write the table as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(table), indent=1) + "\n")
+
+
+def read_table(path: Path) -> Configs:
+    """Return a table that `write_table` wrote.
+
+    Raises:
+        ValueError: an entry is missing or unknown.
+    """
+    entries = json.loads(path.read_text())
+    names = {field.name for field in fields(Configs)}
+    if set(entries) != names:
+        raise ValueError(f"{path}: expected the entries {sorted(names)}, got {sorted(entries)}")
+    chunk = entries.pop("init_chunk_rows")
+    return Configs(**{name: Launch(**entry) for name, entry in entries.items()}, init_chunk_rows=chunk)
 
 
 @functools.cache
-def _of_capability(index: int) -> Configs:
-    return BY_CAPABILITY.get(torch.cuda.get_device_capability(index), SAFE)
+def _of_device(index: int) -> Configs:
+    path = table_path(torch.cuda.get_device_capability(index))
+    return read_table(path) if path.exists() else SAFE
 
 
 def configs_for(device: torch.device) -> Configs:
     """Return the table of this device; the safe one for what was never measured and for the interpreter."""
     if device.type != "cuda":
         return SAFE
-    return _of_capability(torch.cuda.current_device() if device.index is None else device.index)
+    return _of_device(torch.cuda.current_device() if device.index is None else device.index)

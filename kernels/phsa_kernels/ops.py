@@ -12,10 +12,11 @@ import triton
 from torch import Tensor
 
 from phsa_kernels.attend.launch import attend_backward, attend_forward, saved_shapes
-from phsa_kernels.attend.plan import block_starts
 from phsa_kernels.configs import configs_for
-from phsa_kernels.pool.kernels import pool_kernel
+from phsa_kernels.pool.kernels import cu_blocks_kernel, pool_kernel
 from phsa_kernels.select.kernels import normalizer_kernel, select_kernel
+
+_POOL_TOKENS = 64  # a program
 
 
 @torch.library.custom_op("phsa::pool", mutates_args=())
@@ -25,12 +26,14 @@ def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: in
     out = k.new_empty(num_tokens // block_tokens, num_heads, 1, head_dim)
     if out.numel() == 0:
         return out
-    starts = block_starts(cu_seqlens, num_tokens, block_tokens)
+    cu_blocks, num_docs = torch.empty_like(cu_seqlens), len(cu_seqlens) - 1
+    cu_blocks_kernel[(1,)](cu_seqlens, cu_blocks, num_docs, BLOCK=block_tokens, B=1024)
     w = k if weights is None else weights.view(num_tokens, -1)
-    pool_kernel[(out.shape[0], num_heads)](
-        k, w, out, starts, k.stride(0), k.stride(1), w.stride(0), w.stride(1) if w.shape[1] > 1 else 0,
-        out.stride(0), out.stride(1), HAS_WEIGHTS=weights is not None, BLOCK=block_tokens, D=head_dim,
-        num_warps=1,
+    blocks = max(1, _POOL_TOKENS // block_tokens)
+    pool_kernel[(triton.cdiv(out.shape[0], blocks), num_heads)](
+        k, w, out, cu_seqlens, cu_blocks, num_docs, len(cu_seqlens).bit_length(), out.shape[0], k.stride(0),
+        k.stride(1), w.stride(0), w.stride(1) if w.shape[1] > 1 else 0, out.stride(0), out.stride(1),
+        HAS_WEIGHTS=weights is not None, BLOCK=block_tokens, D=head_dim, B=blocks,
     )  # fmt: skip
     return out
 

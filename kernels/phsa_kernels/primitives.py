@@ -12,8 +12,9 @@ import triton.language as tl
 
 # Base-2 exponentials are one instruction on the GPU: kernels keep scores and normalizers in powers of two.
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Finite, so that a tile in which a row sees no key computes exp2(0) and not exp2(-inf + inf).
-MASKED = tl.constexpr(-1.0e30)
+# Where a running maximum begins. Finite, so that a row that has seen no key yet computes exp2(-inf) = 0 for
+# its masked scores and not exp2(-inf + inf).
+LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -31,6 +32,38 @@ def load_rows(base, row, head, stride_row, stride_head, ok, D: tl.constexpr):
 
 
 @triton.jit
+def load_all_rows(base, row, head, stride_row, stride_head, D: tl.constexpr):
+    """Load [rows, D] of one head, every row valid."""
+    offset = row_offset(row, head, stride_row, stride_head)
+    return tl.load(base + offset[:, None] + tl.arange(0, D)[None, :])
+
+
+@triton.jit
 def product(a, b):
     """Return a @ b in fp32; fp32 operands are multiplied in full precision, not in tf32."""
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def count_bits(x):
+    """Return the number of set bits of every int32 as int32."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def first_above(SORTED, count, steps, x, STRICT: tl.constexpr):
+    """Return how many of SORTED[:count] are < x (<= x if STRICT), for every x; 2**steps > count."""
+    low = tl.zeros_like(x)
+    high = low + count
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        value = tl.load(SORTED + middle, mask=low < high, other=0)
+        below = value <= x if STRICT else value < x
+        inside = low < high
+        low = tl.where(inside & below, middle + 1, low)
+        high = tl.where(inside & (below == 0), middle, high)
+    return low

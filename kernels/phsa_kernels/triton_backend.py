@@ -38,6 +38,10 @@ def _check_group(q: Tensor, num_kv_heads: int) -> None:
     _supported(group <= MAX_GROUP, f"{group} query heads a key-value head", f"1 to {MAX_GROUP}")
 
 
+def _check_scale(softmax_scale: float) -> None:
+    _supported(softmax_scale > 0, f"softmax_scale={softmax_scale}", "scales above 0")
+
+
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -78,6 +82,7 @@ def select(
     _check(q, block_tokens)
     _supported(pooled.dtype == q.dtype, f"q {q.dtype} with pooled keys {pooled.dtype}", "one dtype")
     _check_group(q, pooled.shape[1])
+    _check_scale(softmax_scale)
     ids: Tensor = ops.select(
         _rows_contiguous(q.detach()),
         _rows_contiguous(pooled.detach()),
@@ -115,6 +120,7 @@ def attend(
     _check(k, block_tokens)
     _supported(q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "one dtype")
     _check_group(q, k.shape[1])
+    _check_scale(softmax_scale)
     _supported(ids.shape[1] == k.shape[1], f"ids of {ids.shape[1]} heads", "ids by key-value head")
     _supported(ids.shape[2] <= MAX_TOPK, f"{ids.shape[2]} ids a query", f"up to {MAX_TOPK}")
     out, lse, _, _ = ops.attend(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.attend.forward import inner_range
-from phsa_kernels.primitives import LOG2_E, load_rows, product, row_offset
+from phsa_kernels.attend.walk import edge_step, edge_steps, inner_range, union_step
+from phsa_kernels.primitives import LOG2_E, load_all_rows, load_rows, product, row_offset
 
 
 @triton.jit
@@ -34,15 +34,9 @@ def delta_kernel(
 
 
 @triton.jit
-def query_gradient(
-    dq, q, grad, lse, delta, K, V, key, key_ok, seen, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
-    scale, D: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+def query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, MASK: tl.constexpr):
     """Add the share of the keys [BN] to dq / scale; with MASK, row m attends to those with seen[m]."""
-    k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-    v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
-    score = product(q, tl.trans(k)) * (scale * LOG2_E)
-    p = tl.exp2(score - lse[:, None])
+    p = tl.exp2(product(q, tl.trans(k)) * scale_log2 - lse[:, None])
     if MASK:
         p = tl.where(seen, p, 0.0)
     ds = p * (product(grad, tl.trans(v)) - delta[:, None])
@@ -71,6 +65,7 @@ def dq_kernel(
     num_rows,
     num_tiles,
     num_heads,
+    word_stride,
     scale,
     stride_qt,
     stride_qh,
@@ -87,6 +82,7 @@ def dq_kernel(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
+    WORDS: tl.constexpr,
     BN: tl.constexpr,
 ):
     """DQ (contiguous [Tq, Hq, D]) of the tile's rows: the walk of `forward_kernel` once more."""
@@ -107,55 +103,40 @@ def dq_kernel(
     at = query.to(tl.int64) * num_heads + head
     lse = tl.load(LSE + at, mask=ok, other=0.0) * LOG2_E
     delta = tl.load(DELTA + at, mask=ok, other=0.0)
+    scale_log2 = scale * LOG2_E
     dq = tl.zeros([T * GROUP_PADDED, D], tl.float32)
     n = tl.arange(0, BN)
     top = tile * T
     bottom = tl.minimum(top + T, num_rows) - 1
-    for doc in range(tl.load(DOC + top), tl.load(DOC + bottom) + 1):
-        begin = tl.load(CU_SEQLENS + doc)
-        end = tl.minimum(begin + INIT, tl.load(CU_SEQLENS + doc + 1))
-        for first in range(begin, end, BN):
-            key = first + n
-            # Rows of the next document see keys past this one's end, but in that document's own turn.
-            seen = (key[None, :] >= start[:, None]) & (key[None, :] < tl.minimum(init_end, end)[:, None])
-            dq = query_gradient(
-                dq, q, grad, lse, delta, K, V, key, key < end, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D, True,
-            )  # fmt: skip
-    last = tl.load(POSITION + bottom) + 1
-    lowest, first_inner, end_inner = inner_range(LOCAL_START, POSITION, top, bottom, last, BN)
-    for first in range(lowest, first_inner, BN):
-        key = first + n
-        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
-        dq = query_gradient(
-            dq, q, grad, lse, delta, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D, True,
+    doc, last_doc = tl.load(DOC + top), tl.load(DOC + bottom)
+    lowest, first_inner, end_inner, last = inner_range(LOCAL_START, POSITION, top, bottom, BN)
+    init_steps, steps = edge_steps(doc, last_doc, lowest, first_inner, end_inner, last, INIT, BN)
+    for step in range(steps):
+        first, end, low, high = edge_step(
+            step, init_steps, CU_SEQLENS, doc, last_doc, lowest, first_inner, end_inner, last, start,
+            init_end, local_start, position, INIT, BN,
         )  # fmt: skip
+        key = first + n
+        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
+        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        dq = query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, True)
     for first in range(first_inner, end_inner, BN):
-        key = first + n
-        dq = query_gradient(
-            dq, q, grad, lse, delta, K, V, key, key < last, key < last, kv_head, stride_kt, stride_kh,
-            stride_vt, stride_vh, scale, D, False,
-        )  # fmt: skip
-    for first in range(end_inner, last, BN):
-        key = first + n
-        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
-        dq = query_gradient(
-            dq, q, grad, lse, delta, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D, True,
-        )  # fmt: skip
+        k = load_all_rows(K, first + n, kv_head, stride_kt, stride_kh, D)
+        v = load_all_rows(V, first + n, kv_head, stride_vt, stride_vh, D)
+        dq = query_gradient(dq, q, grad, lse, delta, k, v, ok, scale_log2, False)
     if TOPK > 0:
+        low_bit = tl.where(t < 32, 1 << (t % 32), 0)
+        high_bit = tl.where(t < 32, 0, 1 << (t % 32))
         base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
         count = tl.load(COUNT + kv_head * num_tiles + tile)
-        for j in range(0, count, BN // BLOCK):
-            entry = j + n // BLOCK
-            key = tl.load(FIRST_TOKEN + base + entry, mask=entry < count, other=0) + n % BLOCK
-            bits = tl.load(BITS + base + entry, mask=entry < count, other=0)
-            seen = ((bits[None, :] >> t[:, None]) & 1) != 0
-            dq = query_gradient(
-                dq, q, grad, lse, delta, K, V, key, entry < count, seen, kv_head, stride_kt, stride_kh,
-                stride_vt, stride_vh, scale, D, True,
-            )  # fmt: skip
+        for first in range(0, count, BN // BLOCK):
+            key, key_ok, chosen = union_step(
+                first, count, base, word_stride, FIRST_TOKEN, BITS, low_bit, high_bit, BLOCK, WORDS, BN
+            )
+            k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
+            v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+            dq = query_gradient(dq, q, grad, lse, delta, k, v, chosen, scale_log2, True)
     out = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(DQ + out, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])
 
@@ -163,16 +144,20 @@ def dq_kernel(
 @triton.jit
 def key_gradients(
     dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, head, ok, seen, num_heads, stride_qt, stride_qh, stride_gt,
-    stride_gh, scale, D: tl.constexpr,
+    stride_gh, scale_log2, D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of the rows [M] to dk / scale and dv; seen [keys, M]: keys are the products' rows."""
+    """Add the share of the rows [M] to dk / scale and dv; with MASK, key n is seen by those with seen[n].
+
+    Keys are the products' rows. A row that is not `ok` is loaded as zeros and adds nothing in either case.
+    """
     q = load_rows(Q, query, head, stride_qt, stride_qh, ok, D)
     grad = load_rows(GRAD_OUT, query, head, stride_gt, stride_gh, ok, D)
     at = query.to(tl.int64) * num_heads + head
     lse = tl.load(LSE + at, mask=ok, other=0.0) * LOG2_E
     delta = tl.load(DELTA + at, mask=ok, other=0.0)
-    score = product(k, tl.trans(q)) * (scale * LOG2_E)
-    p = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
+    p = tl.exp2(product(k, tl.trans(q)) * scale_log2 - lse[None, :])
+    if MASK:
+        p = tl.where(seen, p, 0.0)
     dv += product(p.to(grad.dtype), grad)
     ds = p * (product(v, tl.trans(grad)) - delta[None, :])
     dk += product(ds.to(q.dtype), q)
@@ -189,11 +174,11 @@ def chosen_dkdv_kernel(
     DELTA,
     DK,
     DV,
-    BLOCK_START,
     QUERIES,
-    OFFSETS,
+    COUNTS,
     ENDS,
-    num_blocks,
+    STARTS,
+    num_slots,
     num_heads,
     num_kv_heads,
     scale,
@@ -211,28 +196,30 @@ def chosen_dkdv_kernel(
     D: tl.constexpr,
     T: tl.constexpr,
 ):
-    """DK, DV (contiguous [Tk, Hkv, D]) of one block from the queries that chose it, in their order."""
-    block = tl.program_id(0)
+    """Add to DK, DV (contiguous [Tk, Hkv, D]) of one block what its queries give, in their order."""
+    slot = tl.program_id(0)
     kv_head = tl.program_id(1)
-    start = tl.load(BLOCK_START + block)
-    key = start + tl.arange(0, BLOCK)
-    key_ok = (key >= 0) & (start >= 0)
-    k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-    v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
-    dk = tl.zeros([BLOCK, D], tl.float32)
-    dv = tl.zeros([BLOCK, D], tl.float32)
-    m = tl.arange(0, T * GROUP_PADDED)
-    r = m % GROUP_PADDED
-    end = tl.load(ENDS + kv_head * num_blocks + block)
-    for j in range(tl.load(OFFSETS + kv_head * num_blocks + block), end, T):
-        entry = j + m // GROUP_PADDED
-        query = tl.load(QUERIES + entry, mask=entry < end, other=-1)
-        ok = (query >= 0) & (r < GROUP)
-        query = tl.maximum(query, 0)
-        dk, dv = key_gradients(
-            dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, kv_head * GROUP + r, ok, ok[None, :], num_heads,
-            stride_qt, stride_qh, stride_gt, stride_gh, scale, D,
-        )  # fmt: skip
-    out = row_offset(key, kv_head, num_kv_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(DK + out, (dk * scale).to(DK.dtype.element_ty), mask=key_ok[:, None])
-    tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=key_ok[:, None])
+    count = tl.load(COUNTS + kv_head * num_slots + slot)
+    if count > 0:  # STARTS is not filled where nobody chose the block
+        key = tl.load(STARTS + slot) + tl.arange(0, BLOCK)
+        k = load_all_rows(K, key, kv_head, stride_kt, stride_kh, D)
+        v = load_all_rows(V, key, kv_head, stride_vt, stride_vh, D)
+        scale_log2 = scale * LOG2_E
+        dk = tl.zeros([BLOCK, D], tl.float32)
+        dv = tl.zeros([BLOCK, D], tl.float32)
+        m = tl.arange(0, T * GROUP_PADDED)
+        r = m % GROUP_PADDED
+        end = tl.load(ENDS + kv_head * num_slots + slot)
+        for j in range(end - count, end, T):
+            entry = j + m // GROUP_PADDED
+            ok = (entry < end) & (r < GROUP)
+            query = tl.load(QUERIES + entry, mask=entry < end, other=0)
+            dk, dv = key_gradients(
+                dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, kv_head * GROUP + r, ok, ok[None, :], num_heads,
+                stride_qt, stride_qh, stride_gt, stride_gh, scale_log2, D, False,
+            )  # fmt: skip
+        out = row_offset(key, kv_head, num_kv_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
+        dk = dk * scale + tl.load(DK + out).to(tl.float32)
+        dv += tl.load(DV + out).to(tl.float32)
+        tl.store(DK + out, dk.to(DK.dtype.element_ty))
+        tl.store(DV + out, dv.to(DV.dtype.element_ty))

@@ -1,4 +1,4 @@
-"""Forward: a tile of T queries x R heads walks init, local and the union of its chosen blocks."""
+"""Forward: a tile of T queries x R heads walks its windows and the union of its chosen blocks."""
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
 # ruff: noqa: ANN001, ANN201
@@ -10,32 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.primitives import LOG2_E, MASKED, load_rows, product, row_offset
+from phsa_kernels.attend.walk import edge_step, edge_steps, inner_range, union_step
+from phsa_kernels.primitives import LOG2_E, LOWEST, load_all_rows, load_rows, product, row_offset
 
 
 @triton.jit
-def inner_range(LOCAL_START, POSITION, top, bottom, last, BN: tl.constexpr):
-    """Return (first local key of any row, first and end of the whole steps that every row sees in full)."""
-    lowest = tl.load(LOCAL_START + top)
-    first = lowest + tl.cdiv(tl.load(LOCAL_START + bottom) - lowest, BN) * BN
-    first = tl.minimum(first, last)
-    return lowest, first, first + tl.maximum(tl.load(POSITION + top) + 1 - first, 0) // BN * BN
+def attend_keys(acc, peak, total, q, k, v, seen, scale, MASK: tl.constexpr):
+    """One online-softmax step over the keys [BN]; with MASK, row m attends to those with seen[m].
 
-
-@triton.jit
-def attend_keys(
-    acc, peak, total, q, K, V, key, key_ok, seen, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, scale,
-    D: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """One online-softmax step over the keys [BN]; with MASK, row m attends to those with seen[m]."""
-    k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-    v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
-    score = product(q, tl.trans(k)) * (scale * LOG2_E)
+    `peak` is the largest product so far, before the (positive) scale, which is folded into the exponent.
+    """
+    score = product(q, tl.trans(k))
     if MASK:
-        score = tl.where(seen, score, MASKED)
+        score = tl.where(seen, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
-    p = tl.exp2(score - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    shift = new_peak * scale
+    p = tl.exp2(score * scale - shift[:, None])
+    # Difference first: fused, `LOWEST * scale - shift` leaves the rounding of a huge number, not 0, in a row
+    # that has seen no key yet, and its power of two is infinite.
+    shrink = tl.exp2((peak - new_peak) * scale)
     acc = acc * shrink[:, None] + product(p.to(v.dtype), v)
     return acc, new_peak, total * shrink + tl.sum(p, 1)
 
@@ -60,6 +53,7 @@ def forward_kernel(
     num_rows,
     num_tiles,
     num_heads,
+    word_stride,
     scale,
     stride_qt,
     stride_qh,
@@ -76,6 +70,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
+    WORDS: tl.constexpr,
     BN: tl.constexpr,
 ):
     """OUT, LSE (natural logarithm) of the tile's rows; every key counts once."""
@@ -92,58 +87,43 @@ def forward_kernel(
     local_start = tl.load(LOCAL_START + i, mask=ok, other=0)
     position = tl.load(POSITION + i, mask=ok, other=-1)
     q = load_rows(Q, query, head, stride_qt, stride_qh, ok, D)
+    scale_log2 = scale * LOG2_E
     acc = tl.zeros([T * GROUP_PADDED, D], tl.float32)
-    peak = tl.full([T * GROUP_PADDED], MASKED, tl.float32)
+    peak = tl.full([T * GROUP_PADDED], LOWEST, tl.float32)
     total = tl.zeros([T * GROUP_PADDED], tl.float32)
     n = tl.arange(0, BN)
     top = tile * T
     bottom = tl.minimum(top + T, num_rows) - 1
-    for doc in range(tl.load(DOC + top), tl.load(DOC + bottom) + 1):
-        begin = tl.load(CU_SEQLENS + doc)
-        end = tl.minimum(begin + INIT, tl.load(CU_SEQLENS + doc + 1))
-        for first in range(begin, end, BN):
-            key = first + n
-            # Rows of the next document see keys past this one's end, but in that document's own turn.
-            seen = (key[None, :] >= start[:, None]) & (key[None, :] < tl.minimum(init_end, end)[:, None])
-            acc, peak, total = attend_keys(
-                acc, peak, total, q, K, V, key, key < end, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D, True,
-            )  # fmt: skip
-    last = tl.load(POSITION + bottom) + 1
-    lowest, first_inner, end_inner = inner_range(LOCAL_START, POSITION, top, bottom, last, BN)
-    for first in range(lowest, first_inner, BN):
-        key = first + n
-        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
-        acc, peak, total = attend_keys(
-            acc, peak, total, q, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D, True,
+    doc, last_doc = tl.load(DOC + top), tl.load(DOC + bottom)
+    lowest, first_inner, end_inner, last = inner_range(LOCAL_START, POSITION, top, bottom, BN)
+    init_steps, steps = edge_steps(doc, last_doc, lowest, first_inner, end_inner, last, INIT, BN)
+    for step in range(steps):
+        first, end, low, high = edge_step(
+            step, init_steps, CU_SEQLENS, doc, last_doc, lowest, first_inner, end_inner, last, start,
+            init_end, local_start, position, INIT, BN,
         )  # fmt: skip
+        key = first + n
+        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
+        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        acc, peak, total = attend_keys(acc, peak, total, q, k, v, seen, scale_log2, True)
     for first in range(first_inner, end_inner, BN):
-        key = first + n
-        acc, peak, total = attend_keys(
-            acc, peak, total, q, K, V, key, key < last, key < last, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D, False,
-        )  # fmt: skip
-    for first in range(end_inner, last, BN):
-        key = first + n
-        seen = (key[None, :] >= local_start[:, None]) & (key[None, :] <= position[:, None])
-        acc, peak, total = attend_keys(
-            acc, peak, total, q, K, V, key, key < last, seen, kv_head, stride_kt, stride_kh, stride_vt,
-            stride_vh, scale, D, True,
-        )  # fmt: skip
+        k = load_all_rows(K, first + n, kv_head, stride_kt, stride_kh, D)
+        v = load_all_rows(V, first + n, kv_head, stride_vt, stride_vh, D)
+        acc, peak, total = attend_keys(acc, peak, total, q, k, v, ok, scale_log2, False)
     if TOPK > 0:
+        low_bit = tl.where(t < 32, 1 << (t % 32), 0)
+        high_bit = tl.where(t < 32, 0, 1 << (t % 32))
         base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
         count = tl.load(COUNT + kv_head * num_tiles + tile)
-        for j in range(0, count, BN // BLOCK):
-            entry = j + n // BLOCK
-            key = tl.load(FIRST_TOKEN + base + entry, mask=entry < count, other=0) + n % BLOCK
-            bits = tl.load(BITS + base + entry, mask=entry < count, other=0)
-            seen = ((bits[None, :] >> t[:, None]) & 1) != 0
-            acc, peak, total = attend_keys(
-                acc, peak, total, q, K, V, key, entry < count, seen, kv_head, stride_kt, stride_kh, stride_vt,
-                stride_vh, scale, D, True,
-            )  # fmt: skip
+        for first in range(0, count, BN // BLOCK):
+            key, key_ok, chosen = union_step(
+                first, count, base, word_stride, FIRST_TOKEN, BITS, low_bit, high_bit, BLOCK, WORDS, BN
+            )
+            k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
+            v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+            acc, peak, total = attend_keys(acc, peak, total, q, k, v, chosen, scale_log2, True)
     out = row_offset(query, head, stride_ot, stride_oh)[:, None] + tl.arange(0, D)[None, :]
     tl.store(OUT + out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=ok[:, None])
-    lse = (peak + tl.log2(total)) / LOG2_E
+    lse = (peak * scale_log2 + tl.log2(total)) / LOG2_E
     tl.store(LSE + query.to(tl.int64) * num_heads + head, lse, mask=ok)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from phsa_kernels.attend.backward import chosen_dkdv_kernel, delta_kernel, dq_kernel
 from phsa_kernels.attend.forward import forward_kernel
-from phsa_kernels.attend.plan import Rows, block_starts, plan_rows, queries_by_block
+from phsa_kernels.attend.inverse import queries_by_block
+from phsa_kernels.attend.plan import Rows, plan_key_tiles, plan_rows
 from phsa_kernels.attend.union import union_kernel
 from phsa_kernels.attend.window_backward import init_partial_kernel, window_dkdv_kernel
 from phsa_kernels.configs import Launch, configs_for
 
-_MAX_TILE_QUERIES = 32  # one bit each
+# A tile's choices are sorted at once: a longer list is no longer worth its compilation.
+_MAX_TILE_CHOICES = 2048
+_WORD = 32  # queries whose choices one int32 holds
 
 
 def _group_shape(q: Tensor, k: Tensor) -> dict[str, int]:
@@ -22,13 +27,14 @@ def _group_shape(q: Tensor, k: Tensor) -> dict[str, int]:
 
 
 def _tile_queries(q: Tensor, k: Tensor, tile: Launch) -> int:
-    """Return the queries of a tile: its rows shared among the heads of a group, at most one bit each."""
-    return min(_MAX_TILE_QUERIES, max(1, tile.rows // _group_shape(q, k)["GROUP_PADDED"]))
+    """Return the queries of a tile: its rows shared among the heads of a group."""
+    return max(1, tile.rows // _group_shape(q, k)["GROUP_PADDED"])
 
 
-def _union_tile(q: Tensor, k: Tensor) -> int:
-    """Return the tile size that forward and dQ share, because they share the unions."""
-    return _tile_queries(q, k, configs_for(q.device).forward)
+def _union_tile(q: Tensor, k: Tensor, topk: int) -> int:
+    """Return the queries of a tile of forward and dQ, which share the unions: at most two words of bits."""
+    most = _MAX_TILE_CHOICES // triton.next_power_of_2(max(topk, 1))
+    return min(2 * _WORD, most, _tile_queries(q, k, configs_for(q.device).forward))
 
 
 def _options(tile: Launch) -> dict[str, int]:
@@ -42,18 +48,32 @@ def _strides(*tensors: Tensor) -> list[int]:
 def saved_shapes(q: Tensor, k: Tensor, ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of `rows` and `union`, int32.
 
-    rows [6, Tq]: the columns of `Rows`. union [Hkv * tiles * (2 T k + 1)]: first tokens, bits, counts.
+    rows [6, Tq]: the columns of `Rows`. union: first tokens [Hkv * tiles * T * k], bits (as many or twice),
+    counts [Hkv * tiles].
     """
-    queries_in_tile = _union_tile(q, k)
-    tiles = -(-q.shape[0] // queries_in_tile)
-    return (6, q.shape[0]), (k.shape[1] * tiles * (2 * queries_in_tile * ids.shape[2] + 1),)
+    topk = ids.shape[2]
+    queries_in_tile = _union_tile(q, k, topk)
+    tiles = triton.cdiv(q.shape[0], queries_in_tile) * k.shape[1]
+    words = triton.cdiv(queries_in_tile, _WORD)
+    return (6, q.shape[0]), (tiles * ((1 + words) * queries_in_tile * topk + 1),)
 
 
-def _split_union(union: Tensor, num_kv_heads: int, num_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    counts = num_kv_heads * num_tiles
-    entries = (len(union) - counts) // 2
-    first_token, bits, count = union.split_with_sizes([entries, entries, counts])
-    return first_token, bits, count
+class _Unions(NamedTuple):
+    """The parts of `union` and the sizes that go with them."""
+
+    lists: tuple[Tensor, Tensor, Tensor]
+    queries_in_tile: int
+    tiles: int
+    words: int
+    word_stride: int
+
+
+def _unions(union: Tensor, q: Tensor, k: Tensor, topk: int) -> _Unions:
+    queries_in_tile = _union_tile(q, k, topk)
+    tiles, words = triton.cdiv(q.shape[0], queries_in_tile), triton.cdiv(queries_in_tile, _WORD)
+    entries = k.shape[1] * tiles * queries_in_tile * topk
+    first_token, bits, count = union.split_with_sizes([entries, words * entries, k.shape[1] * tiles])
+    return _Unions((first_token, bits, count), queries_in_tile, tiles, words, entries)
 
 
 def attend_forward(
@@ -76,7 +96,7 @@ def attend_forward(
     num_kv_heads, topk = k.shape[1], ids.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(num_queries, num_heads, dtype=torch.float32)
-    union = torch.zeros(union_shape, dtype=torch.int32, device=q.device)
+    union = torch.empty(union_shape, dtype=torch.int32, device=q.device)
     if num_queries == 0:
         return out, lse, q.new_empty(rows_shape, dtype=torch.int32), union
     rows = plan_rows(
@@ -88,22 +108,22 @@ def attend_forward(
         block_tokens=block_tokens,
         dense_len_tokens=dense_len_tokens,
     )
-    tile = configs_for(q.device).forward
-    queries_in_tile = _union_tile(q, k)
-    tiles = triton.cdiv(num_queries, queries_in_tile)
-    lists = _split_union(union, num_kv_heads, tiles)
+    plan = Rows(*rows.unbind(0))
+    tile, unions = configs_for(q.device).forward, _unions(union, q, k, topk)
     if topk > 0:
-        union_kernel[(tiles, num_kv_heads)](
-            ids, rows.order, rows.start, rows.init_end, rows.local_start, *lists, num_queries, tiles,
-            num_kv_heads, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk), BLOCK=block_tokens,
-            T=queries_in_tile,
+        union_kernel[(unions.tiles, num_kv_heads)](
+            ids, plan.order, plan.start, plan.init_end, plan.local_start, *unions.lists, num_queries,
+            unions.tiles, num_kv_heads, unions.word_stride, TOPK=topk,
+            TOPK_PADDED=triton.next_power_of_2(topk), BLOCK=block_tokens, T=unions.queries_in_tile,
+            WORDS=unions.words, WIDE=k.shape[0] * unions.queries_in_tile >= 2**31,
         )  # fmt: skip
-    forward_kernel[(tiles, num_kv_heads)](
-        q, k, v, out, lse, *rows, cu_seqlens, *lists, num_queries, tiles, num_heads, scale,
-        *_strides(q, k, v, out), INIT=init_tokens, TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens,
-        T=queries_in_tile, BN=max(tile.keys, block_tokens), **_options(tile),
+    forward_kernel[(unions.tiles, num_kv_heads)](
+        q, k, v, out, lse, *plan, cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads,
+        unions.word_stride, scale, *_strides(q, k, v, out), INIT=init_tokens, TOPK=topk,
+        **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words,
+        BN=max(tile.keys, block_tokens), **_options(tile),
     )  # fmt: skip
-    return out, lse, torch.stack(rows), union
+    return out, lse, rows, union
 
 
 def attend_backward(
@@ -124,37 +144,35 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), each in the dtype of its tensor and contiguous."""
     num_queries, num_heads, head_dim = q.shape
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if num_queries == 0:
-        return dq, dk, dv
+        return dq, dk.zero_(), dv.zero_()
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
-    configs, shape = configs_for(q.device), _group_shape(q, k)
-    plan = Rows(*rows.unbind(0))
-    tile, queries_in_tile = configs.dq, _union_tile(q, k)
-    tiles = triton.cdiv(num_queries, queries_in_tile)
+    configs, shape, topk = configs_for(q.device), _group_shape(q, k), ids.shape[2]
+    plan, unions = Rows(*rows.unbind(0)), _unions(union, q, k, ids.shape[2])
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(num_queries, 32), num_heads)](
         out, grad_out, grad_lse, delta, num_queries, num_heads, *_strides(out, grad_out), D=head_dim, T=32
     )
-    reads = (grad_out, lse, delta)
-    dq_kernel[(tiles, k.shape[1])](
-        q, k, v, *reads, dq, *plan, cu_seqlens, *_split_union(union, k.shape[1], tiles), num_queries, tiles,
-        num_heads, scale, *_strides(q, k, v, grad_out), INIT=init_tokens, TOPK=ids.shape[2], **shape,
-        BLOCK=block_tokens, T=queries_in_tile, BN=max(tile.keys, block_tokens), **_options(tile),
+    reads, tile = (grad_out, lse, delta), configs.dq
+    dq_kernel[(unions.tiles, k.shape[1])](
+        q, k, v, *reads, dq, *plan, cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads,
+        unions.word_stride, scale, *_strides(q, k, v, grad_out), INIT=init_tokens, TOPK=topk, **shape,
+        BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words, BN=max(tile.keys, block_tokens),
+        **_options(tile),
     )  # fmt: skip
-    num_blocks = k.shape[0] // block_tokens
-    chosen = ids.shape[2] > 0 and num_blocks > 0
-    if chosen:
-        starts = block_starts(cu_seqlens, k.shape[0], block_tokens)
-        inverse = queries_by_block(ids, plan, cu_seqlens, num_blocks, block_tokens)
+    _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale)
+    if topk > 0 and k.shape[0] >= block_tokens:
+        inverse = queries_by_block(
+            unions.lists, plan.order, k.shape[1], k.shape[0], topk=topk, block_tokens=block_tokens,
+            queries_in_tile=unions.queries_in_tile,
+        )  # fmt: skip
         tile = configs.chosen_dkdv
-        chosen_dkdv_kernel[(num_blocks, k.shape[1])](
-            q, k, v, *reads, dk, dv, starts, *inverse, num_blocks, num_heads, k.shape[1], scale,
+        chosen_dkdv_kernel[(len(inverse.starts), k.shape[1])](
+            q, k, v, *reads, dk, dv, *inverse, len(inverse.starts), num_heads, k.shape[1], scale,
             *_strides(q, k, v, grad_out), **shape, BLOCK=block_tokens, T=_tile_queries(q, k, tile),
             **_options(tile),
         )  # fmt: skip
-    _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale, add=chosen)
     return dq, dk, dv
 
 
@@ -169,35 +187,24 @@ def _window_gradients(
     cu_seqlens: Tensor,
     init_tokens: int,
     scale: float,
-    *,
-    add: bool,
 ) -> None:
-    """Add the windows' share to dk and dv (overwrite unless `add`)."""
+    """Write the windows' share of dk and dv."""
     configs, shape = configs_for(q.device), _group_shape(q, k)
     tile, chunk = configs.window_dkdv, configs.init_chunk_rows
     sizes = (q.shape[1], k.shape[1], scale, *_strides(q, k, v, reads[0]))
-    first_key = torch.arange(0, k.shape[0], tile.keys, device=q.device, dtype=torch.int32)
-    last_key = (first_key + tile.keys - 1).clamp(max=k.shape[0] - 1)
-    doc_rows = torch.searchsorted(plan.position, cu_seqlens).to(torch.int32)
-    tile_docs = torch.searchsorted(cu_seqlens, torch.stack([first_key, last_key]), right=True) - 1
-    tile_rows = torch.stack(
-        [
-            torch.searchsorted(plan.position, first_key),
-            torch.searchsorted(plan.local_start, last_key, right=True),
-        ]
-    )
+    key_tiles = plan_key_tiles(plan, cu_seqlens, k.shape[0], tile.keys)
     init_padded = triton.cdiv(init_tokens, tile.keys) * tile.keys
     chunks = triton.cdiv(q.shape[0], chunk)
     partial = q.new_empty(2, chunks, k.shape[1], init_padded, q.shape[2], dtype=torch.float32)
-    common = {"CHUNK": chunk, "INIT_PADDED": init_padded, "T": _tile_queries(q, k, tile), "BN": tile.keys}
+    common = {"INIT": init_tokens, "CHUNK": chunk, "INIT_PADDED": init_padded}
+    common |= {"T": _tile_queries(q, k, tile), "BN": tile.keys}
     if init_tokens > 0:
         init_partial_kernel[(chunks, k.shape[1], init_padded // tile.keys)](
             q, k, v, *reads, partial[0], partial[1], plan.order, plan.doc, plan.init_end, cu_seqlens,
-            doc_rows, q.shape[0], *sizes, **common, **shape, **_options(tile),
+            key_tiles.doc_rows, q.shape[0], *sizes, **common, **shape, **_options(tile),
         )  # fmt: skip
-    window_dkdv_kernel[(len(first_key), k.shape[1])](
+    window_dkdv_kernel[(key_tiles.docs.shape[1], k.shape[1])](
         q, k, v, *reads, dk, dv, partial[0], partial[1], plan.order, plan.start, plan.init_end,
-        plan.local_start, plan.position, cu_seqlens, doc_rows, tile_docs.to(torch.int32),
-        tile_rows.to(torch.int32), k.shape[0], len(first_key), *sizes, INIT=init_tokens, ADD=add,
-        **common, **shape, **_options(tile),
+        plan.local_start, plan.position, cu_seqlens, key_tiles.doc_rows, key_tiles.docs, key_tiles.rows,
+        k.shape[0], key_tiles.docs.shape[1], *sizes, **common, **shape, **_options(tile),
     )  # fmt: skip

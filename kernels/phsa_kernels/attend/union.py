@@ -24,15 +24,19 @@ def union_kernel(
     num_rows,
     num_tiles,
     num_kv_heads,
+    word_stride,
     TOPK: tl.constexpr,
     TOPK_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
+    WORDS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Sort the tile's (block, query) pairs, keep each block once, and collect its queries' bits.
 
-    FIRST_TOKEN, BITS: [Hkv, tiles, T * TOPK]; BITS must be zero before. COUNT: [Hkv, tiles].
-    Blocks inside a query's windows are left out: the window loops see those keys.
+    FIRST_TOKEN: [Hkv, tiles, T * TOPK]. BITS: [WORDS, Hkv, tiles, T * TOPK], 32 queries a word, `word_stride`
+    entries apart. COUNT: [Hkv, tiles]. Blocks inside a query's windows are left out: the window loops see
+    those keys. WIDE: a position times T does not fit 31 bits.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
@@ -47,8 +51,12 @@ def union_kernel(
     ok = ok & (id >= 0)
     ok = ok & (token >= tl.load(INIT_END + i, mask=ok, other=0))
     ok = ok & (token < tl.load(LOCAL_START + i, mask=ok, other=0))
-    NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    pair = tl.sort(tl.where(ok, token.to(tl.int64) * T + t, NONE))
+    if WIDE:
+        NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+        pair = tl.sort(tl.where(ok, token.to(tl.int64) * T + t, NONE))
+    else:
+        NONE: tl.constexpr = 0x7FFFFFFF
+        pair = tl.sort(tl.where(ok, token * T + t, NONE))
     base = (head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
     present = pair != NONE
     block = (pair // T).to(tl.int32)
@@ -61,5 +69,10 @@ def union_kernel(
     is_new = present & (block != before)
     place = tl.cumsum(is_new.to(tl.int32), 0) - 1
     tl.store(FIRST_TOKEN + base + place, block, mask=is_new)
-    tl.atomic_or(BITS + base + place, (1 << (pair % T)).to(tl.int32), mask=present)
+    for word in tl.static_range(WORDS):
+        tl.store(BITS + word * word_stride + base + place, tl.zeros_like(place), mask=is_new)
+    tl.debug_barrier()
+    query_in_tile = (pair % T).to(tl.int32)
+    word_of_query = (query_in_tile // 32) * word_stride
+    tl.atomic_or(BITS + word_of_query + base + place, 1 << (query_in_tile % 32), mask=present, sem="relaxed")
     tl.store(COUNT + head * num_tiles + tile, tl.sum(is_new.to(tl.int32), 0))

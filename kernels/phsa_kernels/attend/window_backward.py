@@ -2,9 +2,8 @@
 
 Init keys are seen by every later query of their document. So that no program walks a long document alone,
 rows are cut into chunks: a key tile takes the rows of the chunk in which its document starts,
-`init_partial_kernel`
-takes every later chunk (which has at most one document that started before it) and leaves fp32 partial sums,
-and the key tile adds them in order.
+`init_partial_kernel` takes every later chunk (at most one document of it started before it) and leaves
+fp32 partial sums, and the key tile adds them in order.
 """
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 
 from phsa_kernels.attend.backward import key_gradients
-from phsa_kernels.primitives import load_rows, row_offset
+from phsa_kernels.primitives import LOG2_E, load_rows, row_offset
 
 
 @triton.jit
@@ -48,6 +47,7 @@ def init_partial_kernel(
     stride_vh,
     stride_gt,
     stride_gh,
+    INIT: tl.constexpr,
     INIT_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -71,15 +71,27 @@ def init_partial_kernel(
     r = m % GROUP_PADDED
     end = tl.minimum(tl.minimum(chunk * CHUNK + CHUNK, num_rows), tl.load(DOC_ROWS + doc + 1))
     end = tl.where(tl.load(DOC_ROWS + doc) < chunk * CHUNK, end, 0)
-    for top in range(chunk * CHUNK, end, T):
+    scale_log2 = scale * LOG2_E
+    # Windows grow with the row: if the first row sees the whole init window, so do all. (Keys of the padding
+    # then gather sums that nobody reads.)
+    masked_end = tl.where(tl.load(INIT_END + chunk * CHUNK) < tl.load(CU_SEQLENS + doc) + INIT, end, 0)
+    for top in range(chunk * CHUNK, masked_end, T):
         i = top + m // GROUP_PADDED
         ok = (i < end) & (r < GROUP)
         query = tl.load(ORDER + i, mask=ok, other=0)
         init_end = tl.load(INIT_END + i, mask=ok, other=0)
-        seen = (key[:, None] < init_end[None, :]) & ok[None, :]
+        seen = key[:, None] < init_end[None, :]
         dk, dv = key_gradients(
             dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, kv_head * GROUP + r, ok, seen, num_heads,
-            stride_qt, stride_qh, stride_gt, stride_gh, scale, D,
+            stride_qt, stride_qh, stride_gt, stride_gh, scale_log2, D, True,
+        )  # fmt: skip
+    for top in range(tl.maximum(chunk * CHUNK, masked_end), end, T):
+        i = top + m // GROUP_PADDED
+        ok = (i < end) & (r < GROUP)
+        query = tl.load(ORDER + i, mask=ok, other=0)
+        dk, dv = key_gradients(
+            dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, kv_head * GROUP + r, ok, ok[None, :], num_heads,
+            stride_qt, stride_qh, stride_gt, stride_gh, scale_log2, D, False,
         )  # fmt: skip
     base = (chunk.to(tl.int64) * num_kv_heads + kv_head) * (INIT_PADDED * D)
     at = base + n[:, None] * D + tl.arange(0, D)[None, :]
@@ -124,17 +136,13 @@ def window_dkdv_kernel(
     INIT: tl.constexpr,
     INIT_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
-    ADD: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """DK, DV (contiguous [Tk, Hkv, D]) of a key tile, added to what is there if ADD.
-
-    TILE_DOCS, TILE_ROWS: int32 [2, tiles], first and last document, and range of rows, of each key tile.
-    """
+    """DK, DV (contiguous [Tk, Hkv, D]) of a key tile; TILE_ROWS, TILE_DOCS, DOC_ROWS: see `KeyTiles`."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     key = tile * BN + tl.arange(0, BN)
@@ -146,17 +154,30 @@ def window_dkdv_kernel(
     m = tl.arange(0, T * GROUP_PADDED)
     r = m % GROUP_PADDED
     head = kv_head * GROUP + r
-    end = tl.load(TILE_ROWS + num_tiles + tile)
-    for top in range(tl.load(TILE_ROWS + tile), end, T):
+    scale_log2 = scale * LOG2_E
+    first, end = tl.load(TILE_ROWS + tile), tl.load(TILE_ROWS + num_tiles + tile)
+    # Whole steps of rows that see every key of the tile need no mask.
+    inner = tl.minimum(tl.maximum(tl.load(TILE_ROWS + 2 * num_tiles + tile), first), end)
+    inner_end = inner + tl.maximum(tl.load(TILE_ROWS + 3 * num_tiles + tile) - inner, 0) // T * T
+    head_steps = tl.cdiv(inner - first, T)
+    for step in range(head_steps + tl.cdiv(end - inner_end, T)):
+        at_head = step < head_steps
+        top = tl.where(at_head, first + step * T, inner_end + (step - head_steps) * T)
         i = top + m // GROUP_PADDED
-        ok = (i < end) & (r < GROUP)
+        ok = (i < tl.where(at_head, inner, end)) & (r < GROUP)
         query = tl.load(ORDER + i, mask=ok, other=0)
         local_start = tl.load(LOCAL_START + i, mask=ok, other=0)
         position = tl.load(POSITION + i, mask=ok, other=-1)
         seen = (key[:, None] >= local_start[None, :]) & (key[:, None] <= position[None, :])
         dk, dv = key_gradients(
             dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, head, ok, seen, num_heads, stride_qt, stride_qh,
-            stride_gt, stride_gh, scale, D,
+            stride_gt, stride_gh, scale_log2, D, True,
+        )  # fmt: skip
+    for top in range(inner, inner_end, T):
+        query = tl.load(ORDER + top + m // GROUP_PADDED)
+        dk, dv = key_gradients(
+            dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, head, r < GROUP, key_ok[:, None], num_heads,
+            stride_qt, stride_qh, stride_gt, stride_gh, scale_log2, D, False,
         )  # fmt: skip
     if INIT > 0:
         for doc in range(tl.load(TILE_DOCS + tile), tl.load(TILE_DOCS + num_tiles + tile) + 1):
@@ -174,7 +195,7 @@ def window_dkdv_kernel(
                 seen = (key[:, None] >= start[None, :]) & (key[:, None] < init_end[None, :])
                 dk, dv = key_gradients(
                     dk, dv, k, v, Q, GRAD_OUT, LSE, DELTA, query, head, ok, seen, num_heads, stride_qt,
-                    stride_qh, stride_gt, stride_gh, scale, D,
+                    stride_qh, stride_gt, stride_gh, scale_log2, D, True,
                 )  # fmt: skip
             n = key - begin
             mine = (n >= 0) & (n < INIT) & (key < tl.load(CU_SEQLENS + doc + 1))
@@ -184,9 +205,5 @@ def window_dkdv_kernel(
                 dk += tl.load(PARTIAL_DK + at, mask=mine[:, None], other=0.0)
                 dv += tl.load(PARTIAL_DV + at, mask=mine[:, None], other=0.0)
     out = row_offset(key, kv_head, num_kv_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
-    dk = dk * scale
-    if ADD:
-        dk += tl.load(DK + out, mask=key_ok[:, None], other=0.0).to(tl.float32)
-        dv += tl.load(DV + out, mask=key_ok[:, None], other=0.0).to(tl.float32)
-    tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=key_ok[:, None])
+    tl.store(DK + out, (dk * scale).to(DK.dtype.element_ty), mask=key_ok[:, None])
     tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=key_ok[:, None])

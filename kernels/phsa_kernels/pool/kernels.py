@@ -1,4 +1,4 @@
-"""Pooling: one program sums one block of one head."""
+"""Pooling: where each document's blocks begin, and the weighted sum of every block."""
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
 # ruff: noqa: ANN001, ANN201
@@ -10,7 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.primitives import load_rows, row_offset
+from phsa_kernels.primitives import first_above, row_offset
+
+
+@triton.jit
+def cu_blocks_kernel(CU_SEQLENS, CU_BLOCKS, num_docs, BLOCK: tl.constexpr, B: tl.constexpr):
+    """CU_BLOCKS int32 [N + 1] = the running sum of the documents' complete blocks; one program."""
+    before = tl.zeros([1], tl.int32)
+    tl.store(CU_BLOCKS + tl.arange(0, 1), before)
+    for first in range(0, num_docs, B):
+        doc = first + tl.arange(0, B)
+        ok = doc < num_docs
+        length = tl.load(CU_SEQLENS + doc + 1, mask=ok, other=0) - tl.load(CU_SEQLENS + doc, mask=ok, other=0)
+        blocks = length // BLOCK
+        tl.store(CU_BLOCKS + doc + 1, before + tl.cumsum(blocks, 0), mask=ok)
+        before += tl.sum(blocks, 0)
 
 
 @triton.jit
@@ -18,7 +32,11 @@ def pool_kernel(
     K,
     W,
     OUT,
-    BLOCK_START,
+    CU_SEQLENS,
+    CU_BLOCKS,
+    num_docs,
+    doc_steps,
+    num_blocks,
     stride_kt,
     stride_kh,
     stride_wt,
@@ -28,18 +46,24 @@ def pool_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
+    B: tl.constexpr,
 ):
     """OUT[b, h] = sum over the block's tokens of w * k, in fp32, rounded once; zero past the last block."""
-    block = tl.program_id(0)
+    block = tl.program_id(0) * B + tl.arange(0, B)
     head = tl.program_id(1)
-    start = tl.load(BLOCK_START + block)
-    token = start + tl.arange(0, BLOCK)
-    ok = (token >= 0) & (start >= 0)
-    keys = load_rows(K, token, head, stride_kt, stride_kh, ok, D).to(tl.float32)
+    inside = block < num_blocks
+    doc = first_above(CU_BLOCKS, num_docs + 1, doc_steps, block, True) - 1
+    some = inside & (doc < num_docs)
+    doc = tl.where(some, doc, 0)
+    start = tl.load(CU_SEQLENS + doc) + (block - tl.load(CU_BLOCKS + doc)) * BLOCK
+    token = start[:, None] + tl.arange(0, BLOCK)[None, :]
+    d = tl.arange(0, D)
+    at = row_offset(token, head, stride_kt, stride_kh)[:, :, None] + d[None, None, :]
+    keys = tl.load(K + at, mask=some[:, None, None], other=0.0).to(tl.float32)
     if HAS_WEIGHTS:
-        weight = tl.load(W + row_offset(token, head, stride_wt, stride_wh), mask=ok, other=0.0)
-        total = tl.sum(keys * weight.to(tl.float32)[:, None], 0)
+        weight = tl.load(W + row_offset(token, head, stride_wt, stride_wh), mask=some[:, None], other=0.0)
+        total = tl.sum(keys * weight.to(tl.float32)[:, :, None], 1)
     else:
-        total = tl.sum(keys, 0) / BLOCK
-    out = OUT + row_offset(block, head, stride_ob, stride_oh) + tl.arange(0, D)
-    tl.store(out, total.to(OUT.dtype.element_ty))
+        total = tl.sum(keys, 1) / BLOCK
+    out = OUT + row_offset(block, head, stride_ob, stride_oh)[:, None] + d[None, :]
+    tl.store(out, total.to(OUT.dtype.element_ty), mask=inside[:, None])

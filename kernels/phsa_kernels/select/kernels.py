@@ -15,7 +15,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.primitives import LOG2_E, MASKED, load_rows, product, row_offset
+from phsa_kernels.primitives import LOG2_E, LOWEST, load_all_rows, load_rows, product, row_offset
+
+
+@triton.jit
+def block_range(first, last, ok, BN: tl.constexpr):
+    """Return (begin, first_inner, end_inner, end) of a tile whose row m looks at the blocks [first, last).
+
+    Every row that is `ok` looks at all blocks of the whole steps in [first_inner, end_inner).
+    """
+    end = tl.max(tl.where(ok, last, 0), 0)
+    begin = tl.minimum(tl.min(tl.where(ok, first, 2147483647), 0), end)
+    lowest = tl.maximum(tl.max(tl.where(ok, first, 0), 0), begin)
+    highest = tl.min(tl.where(ok, last, 2147483647), 0)
+    first_inner = tl.minimum(begin + tl.cdiv(lowest - begin, BN) * BN, end)
+    return begin, first_inner, first_inner + tl.maximum(highest - first_inner, 0) // BN * BN, end
+
+
+@triton.jit
+def add_to_normalizer(peak, total, q, keys, seen, scale_log2, MASK: tl.constexpr):
+    """One step of the running maximum of the products (the scale is positive) and sum of exponentials."""
+    score = product(q, tl.trans(keys))
+    if MASK:
+        score = tl.where(seen, score, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, 1))
+    shift = new_peak * scale_log2
+    total = total * tl.exp2((peak - new_peak) * scale_log2)  # difference first, as in attend/forward.py
+    return new_peak, total + tl.sum(tl.exp2(score * scale_log2 - shift[:, None]), 1)
 
 
 @triton.jit
@@ -47,21 +73,24 @@ def normalizer_kernel(
     first = tl.load(CU_BLOCKS + doc, mask=ok, other=0)
     last = first + tl.where(ok, tl.load(Q_POS + row, mask=ok, other=0) // BLOCK, 0)
     q = load_rows(Q, row, head, stride_qt, stride_qh, ok, D)
-    peak = tl.full([T], MASKED, tl.float32)
+    scale_log2 = scale * LOG2_E
+    peak = tl.full([T], LOWEST, tl.float32)
     total = tl.zeros([T], tl.float32)
-    begin = tl.min(tl.where(ok, first, 2147483647), 0)
-    end = tl.max(tl.where(ok, last, 0), 0)
-    for n in range(begin, end, BN):
-        block = n + tl.arange(0, BN)
+    n = tl.arange(0, BN)
+    begin, first_inner, end_inner, end = block_range(first, last, ok, BN)
+    head_steps = tl.cdiv(first_inner - begin, BN)
+    for step in range(head_steps + tl.cdiv(end - end_inner, BN)):
+        at_head = step < head_steps
+        block = tl.where(at_head, begin + step * BN, end_inner + (step - head_steps) * BN) + n
         keys = load_rows(POOLED, block, head // GROUP, stride_pb, stride_ph, block < end, D)
-        score = product(q, tl.trans(keys)) * (scale * LOG2_E)
-        seen = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
-        score = tl.where(seen, score, MASKED)
-        new_peak = tl.maximum(peak, tl.max(score, 1))
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score - new_peak[:, None]), 1)
-        peak = new_peak
-    # A row without any block keeps peak = MASKED; its candidates are none, so the value is never used.
-    tl.store(NORM + row.to(tl.int64) * num_heads + head, peak + tl.log2(total), mask=ok)
+        below = block < tl.where(at_head, first_inner, end)
+        seen = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None]) & below[None, :]
+        peak, total = add_to_normalizer(peak, total, q, keys, seen, scale_log2, True)
+    for top in range(first_inner, end_inner, BN):
+        keys = load_all_rows(POOLED, top + n, head // GROUP, stride_pb, stride_ph, D)
+        peak, total = add_to_normalizer(peak, total, q, keys, ok, scale_log2, False)
+    # A row without any block gets -infinity; its candidates are none, so the value is never used.
+    tl.store(NORM + row.to(tl.int64) * num_heads + head, peak * scale_log2 + tl.log2(total), mask=ok)
 
 
 @triton.jit
@@ -102,28 +131,37 @@ def select_kernel(
     first = document + INIT_BLOCKS
     last = document + tl.where(ok, current - LOCAL_BLOCKS + 1, 0)
     slot = tl.arange(0, TOPK_PADDED)
+    scale_log2 = scale * LOG2_E
     # Empty entries have distinct ids below 0, so that one new block replaces one of them; slots past TOPK are
     # never the worst.
     best_id = tl.zeros([T, TOPK_PADDED], tl.int32) - 1 - slot[None, :]
     never = tl.where(slot < TOPK, float("-inf"), float("inf"))
     best = tl.zeros([T, TOPK_PADDED], tl.float32) + never[None, :]
-    begin = tl.min(tl.where(ok & (first < last), first, 2147483647), 0)
-    end = tl.max(tl.where(ok, last, 0), 0)
-    for n in range(begin, end, BN):
-        block = n + tl.arange(0, BN)
-        keys = tl.trans(load_rows(POOLED, block, kv_head, stride_pb, stride_ph, block < end, D))
+    n = tl.arange(0, BN)
+    some = ok & (first < last)
+    begin, first_inner, end_inner, end = block_range(first, last, some, BN)
+    # With rows that have no candidate at all, every step is masked.
+    end_inner = tl.where(tl.sum((ok & (first >= last)).to(tl.int32), 0) > 0, first_inner, end_inner)
+    # Loaded a step ahead by hand: the compiler does not pipeline a loop with a loop in it.
+    keys = load_rows(POOLED, begin + n, kv_head, stride_pb, stride_ph, begin + n < end, D)
+    for step in range(begin, end, BN):
+        block = step + n
+        ahead = block + BN
+        next_keys = load_rows(POOLED, ahead, kv_head, stride_pb, stride_ph, ahead < end, D)
         score = tl.zeros([T, BN], tl.float32)
         for r in tl.static_range(GROUP):
             head = kv_head * GROUP + r
             q = load_rows(Q, row, head, stride_qt, stride_qh, ok, D)
-            dot = product(q, keys) * scale
+            dot = product(q, tl.trans(keys))
             if SOFTMAX:
                 norm = tl.load(NORM + row.to(tl.int64) * num_heads + head, mask=ok, other=0.0)
-                score += tl.exp2(dot * LOG2_E - norm[:, None])
+                score += tl.exp2(dot * scale_log2 - norm[:, None])
             else:
-                score += dot
-        candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
-        score = tl.where(candidate, score, float("-inf"))
+                score += dot * scale
+        keys = next_keys
+        if (step < first_inner) | (step >= end_inner):
+            candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
+            score = tl.where(candidate, score, float("-inf"))
         worst = tl.min(best, 1)
         top = tl.max(score, 1)
         while tl.max((top > worst).to(tl.int32), 0) > 0:
