@@ -33,7 +33,7 @@ def _tile_queries(q: Tensor, k: Tensor, tile: Launch) -> int:
 
 def _union_tile(q: Tensor, k: Tensor, topk: int) -> int:
     """Return the queries of a tile of forward and dQ, which share the unions: at most two words of bits."""
-    most = _MAX_TILE_CHOICES // triton.next_power_of_2(max(topk, 1))
+    most: int = _MAX_TILE_CHOICES // triton.next_power_of_2(max(topk, 1))
     return min(2 * _WORD, most, _tile_queries(q, k, configs_for(q.device).forward))
 
 

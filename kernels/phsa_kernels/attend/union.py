@@ -51,11 +51,10 @@ def union_kernel(
     ok = ok & (id >= 0)
     ok = ok & (token >= tl.load(INIT_END + i, mask=ok, other=0))
     ok = ok & (token < tl.load(LOCAL_START + i, mask=ok, other=0))
+    NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
     if WIDE:
-        NONE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
         pair = tl.sort(tl.where(ok, token.to(tl.int64) * T + t, NONE))
     else:
-        NONE: tl.constexpr = 0x7FFFFFFF
         pair = tl.sort(tl.where(ok, token * T + t, NONE))
     base = (head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
     present = pair != NONE
