@@ -18,22 +18,6 @@ from phsa_kernels.primitives import LOG2_E, load_all_rows, load_rows, product, r
 
 
 @triton.jit
-def delta_kernel(
-    OUT, GRAD_OUT, GRAD_LSE, DELTA, num_queries, num_heads, stride_ot, stride_oh, stride_gt, stride_gh,
-    D: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """DELTA = sum over D of out * d out, less d lse: what softmax's backward takes off every d score."""
-    row = tl.program_id(0) * T + tl.arange(0, T)
-    head = tl.program_id(1)
-    ok = row < num_queries
-    out = load_rows(OUT, row, head, stride_ot, stride_oh, ok, D).to(tl.float32)
-    grad = load_rows(GRAD_OUT, row, head, stride_gt, stride_gh, ok, D).to(tl.float32)
-    offset = row.to(tl.int64) * num_heads + head
-    grad_lse = tl.load(GRAD_LSE + offset, mask=ok, other=0.0)
-    tl.store(DELTA + offset, tl.sum(out * grad, 1) - grad_lse, mask=ok)
-
-
-@triton.jit
 def query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, MASK: tl.constexpr):
     """Add the share of the keys [BN] to dq / scale; with MASK, row m attends to those with seen[m]."""
     p = tl.exp2(product(q, tl.trans(k)) * scale_log2 - lse[:, None])
@@ -48,7 +32,9 @@ def dq_kernel(
     Q,
     K,
     V,
+    OUT,
     GRAD_OUT,
+    GRAD_LSE,
     LSE,
     DELTA,
     DQ,
@@ -73,6 +59,8 @@ def dq_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    stride_ot,
+    stride_oh,
     stride_gt,
     stride_gh,
     INIT: tl.constexpr,
@@ -85,7 +73,11 @@ def dq_kernel(
     WORDS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """DQ (contiguous [Tq, Hq, D]) of the tile's rows: the walk of `forward_kernel` once more."""
+    """DQ (contiguous [Tq, Hq, D]) of the tile's rows: the walk of `forward_kernel` once more.
+
+    DELTA (contiguous [Tq, Hq], for the kernels of dK and dV) = sum over D of out * d out, less d lse: what
+    softmax's backward takes off every d score.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     m = tl.arange(0, T * GROUP_PADDED)
@@ -102,7 +94,9 @@ def dq_kernel(
     grad = load_rows(GRAD_OUT, query, head, stride_gt, stride_gh, ok, D)
     at = query.to(tl.int64) * num_heads + head
     lse = tl.load(LSE + at, mask=ok, other=0.0) * LOG2_E
-    delta = tl.load(DELTA + at, mask=ok, other=0.0)
+    out = load_rows(OUT, query, head, stride_ot, stride_oh, ok, D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1) - tl.load(GRAD_LSE + at, mask=ok, other=0.0)
+    tl.store(DELTA + at, delta, mask=ok)
     scale_log2 = scale * LOG2_E
     dq = tl.zeros([T * GROUP_PADDED, D], tl.float32)
     n = tl.arange(0, BN)
@@ -137,8 +131,8 @@ def dq_kernel(
             k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
             v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
             dq = query_gradient(dq, q, grad, lse, delta, k, v, chosen, scale_log2, True)
-    out = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(DQ + out, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])
+    at = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
+    tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit

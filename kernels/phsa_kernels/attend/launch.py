@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from phsa_kernels.attend.backward import chosen_dkdv_kernel, delta_kernel, dq_kernel
+from phsa_kernels.attend.backward import chosen_dkdv_kernel, dq_kernel
 from phsa_kernels.attend.forward import forward_kernel
 from phsa_kernels.attend.inverse import queries_by_block
 from phsa_kernels.attend.plan import Rows, plan_key_tiles, plan_rows
@@ -143,7 +143,7 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), each in the dtype of its tensor and contiguous."""
-    num_queries, num_heads, head_dim = q.shape
+    num_queries, num_heads, _ = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_()
@@ -151,15 +151,13 @@ def attend_backward(
     configs, shape, topk = configs_for(q.device), _group_shape(q, k), ids.shape[2]
     plan, unions = Rows(*rows.unbind(0)), _unions(union, q, k, ids.shape[2])
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(num_queries, 32), num_heads)](
-        out, grad_out, grad_lse, delta, num_queries, num_heads, *_strides(out, grad_out), D=head_dim, T=32
-    )
     reads, tile = (grad_out, lse, delta), configs.dq
+    # First, for it fills delta, which the kernels of dk and dv read.
     dq_kernel[(unions.tiles, k.shape[1])](
-        q, k, v, *reads, dq, *plan, cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads,
-        unions.word_stride, scale, *_strides(q, k, v, grad_out), INIT=init_tokens, TOPK=topk, **shape,
-        BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words, BN=max(tile.keys, block_tokens),
-        **_options(tile),
+        q, k, v, out, grad_out, grad_lse, lse, delta, dq, *plan, cu_seqlens, *unions.lists, num_queries,
+        unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out, grad_out),
+        INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens, T=unions.queries_in_tile,
+        WORDS=unions.words, BN=max(tile.keys, block_tokens), **_options(tile),
     )  # fmt: skip
     _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale)
     if topk > 0 and k.shape[0] >= block_tokens:
