@@ -70,12 +70,12 @@ def select(
     shape: dict[str, int] = {"GROUP": num_heads // num_kv_heads, "BLOCK": block_tokens, "D": head_dim}
     if softmax:
         tile = configs.normalizer
-        normalizer_kernel[(triton.cdiv(num_queries, tile.rows), num_heads)](
+        normalizer_kernel[(triton.cdiv(num_queries, tile.rows) * num_heads,)](
             *inputs, norm, *sizes, **shape, T=tile.rows, BN=tile.keys,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     tile = configs.select
-    select_kernel[(triton.cdiv(num_queries, tile.rows), num_kv_heads)](
+    select_kernel[(triton.cdiv(num_queries, tile.rows) * num_kv_heads,)](
         *inputs, norm, ids, *sizes, INIT_BLOCKS=init_tokens // block_tokens,
         LOCAL_BLOCKS=local_tokens // block_tokens, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
         SOFTMAX=softmax, **shape, T=tile.rows, BN=tile.keys,

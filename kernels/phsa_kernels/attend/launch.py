@@ -201,7 +201,7 @@ def _window_gradients(
             q, k, v, *reads, partial[0], partial[1], plan.order, plan.doc, plan.init_end, cu_seqlens,
             key_tiles.doc_rows, q.shape[0], *sizes, **common, **shape, **_options(tile),
         )  # fmt: skip
-    window_dkdv_kernel[(key_tiles.docs.shape[1], k.shape[1])](
+    window_dkdv_kernel[(key_tiles.docs.shape[1] * k.shape[1],)](
         q, k, v, *reads, dk, dv, partial[0], partial[1], plan.order, plan.start, plan.init_end,
         plan.local_start, plan.position, cu_seqlens, key_tiles.doc_rows, key_tiles.docs, key_tiles.rows,
         k.shape[0], key_tiles.docs.shape[1], *sizes, **common, **shape, **_options(tile),

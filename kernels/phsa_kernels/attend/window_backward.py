@@ -143,8 +143,9 @@ def window_dkdv_kernel(
     BN: tl.constexpr,
 ):
     """DK, DV (contiguous [Tk, Hkv, D]) of a key tile; TILE_ROWS, TILE_DOCS, DOC_ROWS: see `KeyTiles`."""
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    # Heads change fastest: the tiles with a document's init keys, the longest, start first in every head.
+    tile = tl.program_id(0) // num_kv_heads
+    kv_head = tl.program_id(0) % num_kv_heads
     key = tile * BN + tl.arange(0, BN)
     key_ok = key < num_keys
     k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)

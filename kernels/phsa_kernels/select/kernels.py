@@ -45,6 +45,12 @@ def add_to_normalizer(peak, total, q, keys, seen, scale_log2, MASK: tl.constexpr
 
 
 @triton.jit
+def last_rows_first(num_queries, num_heads, T: tl.constexpr):
+    """Return the program's rows: the last tile of every head first, for its rows have the most blocks."""
+    return (tl.cdiv(num_queries, T) - 1 - tl.program_id(0) // num_heads) * T + tl.arange(0, T)
+
+
+@triton.jit
 def normalizer_kernel(
     Q,
     POOLED,
@@ -66,8 +72,8 @@ def normalizer_kernel(
     BN: tl.constexpr,
 ):
     """NORM[i, head] = log2 of the sum of exp of the scores of all blocks before the query's own."""
-    head = tl.program_id(1)
-    row = tl.program_id(0) * T + tl.arange(0, T)
+    head = tl.program_id(0) % num_heads
+    row = last_rows_first(num_queries, num_heads, T)
     ok = row < num_queries
     doc = tl.load(Q_DOC + row, mask=ok, other=0)
     first = tl.load(CU_BLOCKS + doc, mask=ok, other=0)
@@ -121,9 +127,9 @@ def select_kernel(
     BN: tl.constexpr,
 ):
     """IDS[i, kv head] = the best TOPK candidates of each query, ascending, -1 at the end."""
-    kv_head = tl.program_id(1)
     num_kv_heads = num_heads // GROUP
-    row = tl.program_id(0) * T + tl.arange(0, T)
+    kv_head = tl.program_id(0) % num_kv_heads
+    row = last_rows_first(num_queries, num_kv_heads, T)
     ok = row < num_queries
     doc = tl.load(Q_DOC + row, mask=ok, other=0)
     document = tl.load(CU_BLOCKS + doc, mask=ok, other=0)
