@@ -99,10 +99,10 @@ def test_bf16_keeps_fp32_master_weights_and_gradient_sums(tiny_config, open_grou
 def test_adam_counts_steps_where_the_distributed_optimizer_looks(tiny_config, open_groups):
     config = tiny_config()
     parts = build_parts(config, open_groups(config))
-    if not group_step_adam.install():
-        pytest.skip("Transformer Engine or apex is installed: their FusedAdam is used")
+    # Where Transformer Engine or apex is installed, their FusedAdam stays.
+    expected = "GroupStepAdam" if group_step_adam.install() else "FusedAdam"
     (optimizer,) = parts.optimizer.chained_optimizers
-    assert isinstance(optimizer.optimizer, group_step_adam.GroupStepAdam)
+    assert type(optimizer.optimizer).__name__ == expected
     optimizer.state_dict()  # megatron-core asserts here on a fresh optimizer that is torch's AdamW
 
 
