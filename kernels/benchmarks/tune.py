@@ -36,7 +36,7 @@ DQ = (
 CANDIDATES = {
     "normalizer": ("select", (
         Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 3), Launch(128, 128, 8, 2),
-        Launch(128, 128, 8, 3), Launch(64, 128, 4, 2),
+        Launch(128, 128, 8, 3), Launch(64, 128, 4, 2), Launch(128, 64, 4, 2),
     )),
     "select": ("select", (
         Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 128, 8, 2),
@@ -50,7 +50,7 @@ CANDIDATES = {
         Launch(64, 16, 4, 2), Launch(64, 16, 4, 3), Launch(128, 16, 4, 2), Launch(32, 16, 2, 2),
         Launch(128, 16, 8, 2),
     )),
-    "init_chunk_rows": ("attend_backward", (1024, 2048, 4096)),
+    "init_chunk_rows": ("attend_backward", (512, 1024, 2048, 4096)),
     "forward": ("attend", FORWARD),
     "dq": ("attend_backward", DQ),
 }  # fmt: skip
