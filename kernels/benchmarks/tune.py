@@ -18,37 +18,38 @@ from pathlib import Path
 import torch
 from bench_phsa import HEADS, Case, drift_for, graph_ms
 
-from phsa_kernels import configs, ops
-from phsa_kernels.attend import launch
+from phsa_kernels import configs
+from phsa_kernels.attend import launch as attend
 from phsa_kernels.configs import Launch
+from phsa_kernels.select import launch as select
 
 SEQ_LEN = 32768
 TOPKS = (2, 16)
 # Stage, and the launches to try. The rows of dq are forward's: each dq candidate names its forward as well.
 FORWARD = (
-    Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(128, 64, 8, 3),
-    Launch(128, 128, 8, 2), Launch(128, 32, 8, 3),
+    Launch(64, 64, 4, 2), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2, 168), Launch(128, 32, 8, 3, 128),
+    Launch(128, 64, 8, 2, 128),
 )  # fmt: skip
 DQ = (
-    Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 3), Launch(128, 64, 8, 1),
-    Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(128, 32, 8, 3),
+    Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 3), Launch(128, 32, 8, 2, 128),
+    Launch(128, 32, 8, 3, 128),
 )  # fmt: skip
 CANDIDATES = {
     "normalizer": ("select", (
-        Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 3), Launch(128, 128, 8, 2),
-        Launch(128, 128, 8, 3), Launch(64, 128, 4, 2), Launch(128, 64, 4, 2),
+        Launch(128, 64, 4, 2), Launch(128, 64, 4, 3), Launch(64, 64, 4, 3), Launch(128, 32, 4, 3),
+        Launch(256, 64, 8, 2),
     )),
-    "select": ("select", (
-        Launch(64, 64, 4, 2), Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 128, 8, 2),
-        Launch(64, 64, 8, 2),
+    "select_columns": ("select", (
+        Launch(64, 32, 4, 2), Launch(64, 32, 4, 3), Launch(64, 64, 4, 2), Launch(128, 32, 8, 2),
+    )),
+    "select_list": ("select", (
+        Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 64, 8, 2),
     )),
     "window_dkdv": ("attend_backward", (
-        Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 128, 8, 2), Launch(32, 128, 8, 2),
-        Launch(32, 128, 8, 3), Launch(64, 64, 8, 3), Launch(64, 128, 8, 3), Launch(32, 64, 4, 3),
+        Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 128, 8, 2), Launch(32, 64, 4, 3),
     )),
     "chosen_dkdv": ("attend_backward", (
         Launch(64, 16, 4, 2), Launch(64, 16, 4, 3), Launch(128, 16, 4, 2), Launch(32, 16, 2, 2),
-        Launch(128, 16, 8, 2),
     )),
     "init_chunk_rows": ("attend_backward", (512, 1024, 2048, 4096)),
     "forward": ("attend", FORWARD),
@@ -57,7 +58,7 @@ CANDIDATES = {
 
 
 def use(table):
-    ops.configs_for = launch.configs_for = lambda device: table
+    select.configs_for = attend.configs_for = lambda device: table
 
 
 def changed(table, name, candidate):

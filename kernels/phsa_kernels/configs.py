@@ -18,12 +18,24 @@ TABLES = Path(__file__).parent / "tuning"
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel's tile: rows (queries x heads, or queries), keys or blocks a step, warps, stages."""
+    """One kernel's tile: rows (queries x heads, or queries), keys or blocks a step, warps, stages.
+
+    max_registers: what a thread may use, so that more programs share a multiprocessor; None leaves it open.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """Return the launch's options as Triton names them."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Configs:
     """
 
     normalizer: Launch
-    select: Launch
+    select_columns: Launch
+    select_list: Launch
     forward: Launch
     dq: Launch
     chosen_dkdv: Launch
@@ -44,7 +57,8 @@ class Configs:
 
 SAFE = Configs(
     normalizer=Launch(64, 64, 4, 2),
-    select=Launch(64, 64, 4, 2),
+    select_columns=Launch(64, 32, 4, 2),
+    select_list=Launch(64, 64, 4, 2),
     forward=Launch(64, 64, 4, 2),
     dq=Launch(64, 64, 4, 2),
     chosen_dkdv=Launch(64, 16, 4, 2),

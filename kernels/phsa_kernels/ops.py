@@ -12,9 +12,8 @@ import triton
 from torch import Tensor
 
 from phsa_kernels.attend.launch import attend_backward, attend_forward, saved_shapes
-from phsa_kernels.configs import configs_for
 from phsa_kernels.pool.kernels import cu_blocks_kernel, pool_kernel
-from phsa_kernels.select.kernels import normalizer_kernel, select_kernel
+from phsa_kernels.select.launch import select_blocks
 
 _POOL_TOKENS = 64  # a program
 
@@ -58,30 +57,9 @@ def select(
     scale: float,
 ) -> Tensor:
     """Return the chosen blocks int32 [Tq, Hkv, k]."""
-    num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = pooled.shape[1]
-    ids = q.new_empty(num_queries, num_kv_heads, topk, dtype=torch.int32)
-    if num_queries == 0:
-        return ids
-    configs = configs_for(q.device)
-    norm = q.new_empty(num_queries, num_heads if softmax else 0, dtype=torch.float32)
-    inputs = (q, pooled, q_pos, q_doc, cu_blocks)
-    sizes = (num_queries, num_heads, scale, q.stride(0), q.stride(1), pooled.stride(0), pooled.stride(1))
-    shape: dict[str, int] = {"GROUP": num_heads // num_kv_heads, "BLOCK": block_tokens, "D": head_dim}
-    if softmax:
-        tile = configs.normalizer
-        normalizer_kernel[(triton.cdiv(num_queries, tile.rows) * num_heads,)](
-            *inputs, norm, *sizes, **shape, T=tile.rows, BN=tile.keys,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    tile = configs.select
-    select_kernel[(triton.cdiv(num_queries, tile.rows) * num_kv_heads,)](
-        *inputs, norm, ids, *sizes, INIT_BLOCKS=init_tokens // block_tokens,
-        LOCAL_BLOCKS=local_tokens // block_tokens, TOPK=topk, TOPK_PADDED=triton.next_power_of_2(topk),
-        SOFTMAX=softmax, **shape, T=tile.rows, BN=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    return ids
+    return select_blocks(
+        q, pooled, q_pos, q_doc, cu_blocks, topk, init_tokens, local_tokens, block_tokens, softmax, scale
+    )
 
 
 @select.register_fake

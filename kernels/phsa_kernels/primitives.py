@@ -7,8 +7,34 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_COPY_ALIGNMENT_BYTES = 16
+
+
+def tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor of x [tokens, heads, D], aligned as `aligned` makes it, read by `load_tile`.
+
+    The GPU's copy engine reads a tile of consecutive rows by it: no thread computes an address.
+    """
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, x.shape[2]])
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x [tokens, heads, D], or a contiguous copy if the copy engine cannot read its rows."""
+    step = _COPY_ALIGNMENT_BYTES // x.element_size()
+    if (
+        x.stride(2) == 1
+        and x.data_ptr() % _COPY_ALIGNMENT_BYTES == 0
+        and x.stride(0) % step == x.stride(1) % step == 0
+    ):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
 
 # Base-2 exponentials are one instruction on the GPU: kernels keep scores and normalizers in powers of two.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,6 +62,12 @@ def load_all_rows(base, row, head, stride_row, stride_head, D: tl.constexpr):
     """Load [rows, D] of one head, every row valid."""
     offset = row_offset(row, head, stride_row, stride_head)
     return tl.load(base + offset[:, None] + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def load_tile(descriptor, row, head, ROWS: tl.constexpr, D: tl.constexpr):
+    """Load [ROWS, D] of one head from row on, zeros past the end of the tensor."""
+    return tl.reshape(descriptor.load([row, head, 0]), [ROWS, D])
 
 
 @triton.jit

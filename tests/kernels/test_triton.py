@@ -40,6 +40,8 @@ SHAPES = {
     "block 32": Shape((140,), 4, 1, 16, 1, 32, 32, block_tokens=32),
     "block 64": Shape((270,), 4, 1, 16, 1, 64, 64, block_tokens=64),
     "dense short documents": Shape((60, 120, 61), 2, 1, 16, 1, 16, 16, dense_len_tokens=61),
+    "whole steps of init": Shape((330, 200), 2, 1, 16, 2, 64, 128),
+    "window shorter than a tile": Shape((200,), 1, 1, 16, 2, 64, 16),
     "head dim 64": Shape((100,), 2, 1, 64, 2, 16, 16),
 }
 

@@ -13,8 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.attend.walk import edge_step, edge_steps, inner_range, union_step
-from phsa_kernels.primitives import LOG2_E, load_all_rows, load_rows, product, row_offset
+from phsa_kernels.attend.walk import (
+    edge_step,
+    full_step,
+    list_step,
+    queries_of_first_listed,
+    tile_ranges,
+)
+from phsa_kernels.primitives import LOG2_E, load_all_rows, load_rows, load_tile, product, row_offset
 
 
 @triton.jit
@@ -32,6 +38,8 @@ def dq_kernel(
     Q,
     K,
     V,
+    KEYS,
+    VALUES,
     OUT,
     GRAD_OUT,
     GRAD_LSE,
@@ -102,35 +110,40 @@ def dq_kernel(
     n = tl.arange(0, BN)
     top = tile * T
     bottom = tl.minimum(top + T, num_rows) - 1
-    doc, last_doc = tl.load(DOC + top), tl.load(DOC + bottom)
-    lowest, first_inner, end_inner, last = inner_range(LOCAL_START, POSITION, top, bottom, BN)
-    init_steps, steps = edge_steps(doc, last_doc, lowest, first_inner, end_inner, last, INIT, BN)
-    for step in range(steps):
+    (
+        full_init, full_steps, edge_init, edges, first_inner, end_inner, last, lowest, local_blocks
+    ) = tile_ranges(DOC, START, LOCAL_START, POSITION, top, bottom, INIT, BLOCK, BN)  # fmt: skip
+    doc, last_doc, top_start = tl.load(DOC + top), tl.load(DOC + bottom), tl.load(START + top)
+    for step in range(full_steps):
+        first = full_step(step, full_init, top_start, first_inner, BN)
+        k = load_tile(KEYS, first, kv_head, BN, D)
+        v = load_tile(VALUES, first, kv_head, BN, D)
+        dq = query_gradient(dq, q, grad, lse, delta, k, v, ok, scale_log2, False)
+    for step in range(edges):
         first, end, low, high = edge_step(
-            step, init_steps, CU_SEQLENS, doc, last_doc, lowest, first_inner, end_inner, last, start,
-            init_end, local_start, position, INIT, BN,
+            step, edge_init, CU_SEQLENS, doc, last_doc, end_inner, last, start, init_end, local_start,
+            position, INIT, BN,
         )  # fmt: skip
         key = first + n
         k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
         v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         dq = query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, True)
-    for first in range(first_inner, end_inner, BN):
-        k = load_all_rows(K, first + n, kv_head, stride_kt, stride_kh, D)
-        v = load_all_rows(V, first + n, kv_head, stride_vt, stride_vh, D)
-        dq = query_gradient(dq, q, grad, lse, delta, k, v, ok, scale_log2, False)
+    low_bit = tl.where(t < 32, 1 << (t % 32), 0)
+    high_bit = tl.where(t < 32, 0, 1 << (t % 32))
+    base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
+    count = 0
     if TOPK > 0:
-        low_bit = tl.where(t < 32, 1 << (t % 32), 0)
-        high_bit = tl.where(t < 32, 0, 1 << (t % 32))
-        base = (kv_head.to(tl.int64) * num_tiles + tile) * (T * TOPK)
         count = tl.load(COUNT + kv_head * num_tiles + tile)
-        for first in range(0, count, BN // BLOCK):
-            key, key_ok, chosen = union_step(
-                first, count, base, word_stride, FIRST_TOKEN, BITS, low_bit, high_bit, BLOCK, WORDS, BN
-            )
-            k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-            v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
-            dq = query_gradient(dq, q, grad, lse, delta, k, v, chosen, scale_log2, True)
+    seen_by_first = queries_of_first_listed(POSITION, top, top_start, last, local_blocks, BLOCK)
+    for first in range(0, local_blocks + count, BN // BLOCK):
+        key, key_ok, seen = list_step(
+            first, local_blocks, count, lowest, seen_by_first, base, word_stride, FIRST_TOKEN, BITS, low_bit,
+            high_bit, BLOCK, WORDS, BN,
+        )  # fmt: skip
+        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
+        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+        dq = query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, True)
     at = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])
 

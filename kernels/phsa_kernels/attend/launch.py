@@ -15,6 +15,7 @@ from phsa_kernels.attend.plan import Rows, plan_key_tiles, plan_rows
 from phsa_kernels.attend.union import union_kernel
 from phsa_kernels.attend.window_backward import init_partial_kernel, window_dkdv_kernel
 from phsa_kernels.configs import Launch, configs_for
+from phsa_kernels.primitives import aligned, tiles
 
 # A tile's choices are sorted at once: a longer list is no longer worth its compilation.
 _MAX_TILE_CHOICES = 2048
@@ -35,10 +36,6 @@ def _union_tile(q: Tensor, k: Tensor, topk: int) -> int:
     """Return the queries of a tile of forward and dQ, which share the unions: at most two words of bits."""
     most: int = _MAX_TILE_CHOICES // triton.next_power_of_2(max(topk, 1))
     return min(2 * _WORD, most, _tile_queries(q, k, configs_for(q.device).forward))
-
-
-def _options(tile: Launch) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -92,6 +89,7 @@ def attend_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (out, lse, rows, union)."""
     rows_shape, union_shape = saved_shapes(q, k, ids)
+    k, v = aligned(k), aligned(v)
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, topk = k.shape[1], ids.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -117,11 +115,12 @@ def attend_forward(
             TOPK_PADDED=triton.next_power_of_2(topk), BLOCK=block_tokens, T=unions.queries_in_tile,
             WORDS=unions.words, WIDE=k.shape[0] * unions.queries_in_tile >= 2**31,
         )  # fmt: skip
+    keys = max(tile.keys, block_tokens)
     forward_kernel[(unions.tiles, num_kv_heads)](
-        q, k, v, out, lse, *plan, cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads,
-        unions.word_stride, scale, *_strides(q, k, v, out), INIT=init_tokens, TOPK=topk,
-        **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words,
-        BN=max(tile.keys, block_tokens), **_options(tile),
+        q, k, v, tiles(k, keys), tiles(v, keys), out, lse, *plan, cu_seqlens, *unions.lists, num_queries,
+        unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out), INIT=init_tokens,
+        TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words, BN=keys,
+        **tile.options(),
     )  # fmt: skip
     return out, lse, rows, union
 
@@ -147,17 +146,19 @@ def attend_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_()
+    k, v = aligned(k), aligned(v)
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
     configs, shape, topk = configs_for(q.device), _group_shape(q, k), ids.shape[2]
     plan, unions = Rows(*rows.unbind(0)), _unions(union, q, k, ids.shape[2])
     delta = torch.empty_like(lse)
     reads, tile = (grad_out, lse, delta), configs.dq
+    keys = max(tile.keys, block_tokens)
     # First, for it fills delta, which the kernels of dk and dv read.
     dq_kernel[(unions.tiles, k.shape[1])](
-        q, k, v, out, grad_out, grad_lse, lse, delta, dq, *plan, cu_seqlens, *unions.lists, num_queries,
-        unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out, grad_out),
-        INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens, T=unions.queries_in_tile,
-        WORDS=unions.words, BN=max(tile.keys, block_tokens), **_options(tile),
+        q, k, v, tiles(k, keys), tiles(v, keys), out, grad_out, grad_lse, lse, delta, dq, *plan,
+        cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads, unions.word_stride, scale,
+        *_strides(q, k, v, out, grad_out), INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens, T=unions.queries_in_tile,
+        WORDS=unions.words, BN=keys, **tile.options(),
     )  # fmt: skip
     _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale)
     if topk > 0 and k.shape[0] >= block_tokens:
@@ -169,7 +170,7 @@ def attend_backward(
         chosen_dkdv_kernel[(len(inverse.starts), k.shape[1])](
             q, k, v, *reads, dk, dv, *inverse, len(inverse.starts), num_heads, k.shape[1], scale,
             *_strides(q, k, v, grad_out), **shape, BLOCK=block_tokens, T=_tile_queries(q, k, tile),
-            **_options(tile),
+            **tile.options(),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -199,10 +200,10 @@ def _window_gradients(
     if init_tokens > 0:
         init_partial_kernel[(chunks, k.shape[1], init_padded // tile.keys)](
             q, k, v, *reads, partial[0], partial[1], plan.order, plan.doc, plan.init_end, cu_seqlens,
-            key_tiles.doc_rows, q.shape[0], *sizes, **common, **shape, **_options(tile),
+            key_tiles.doc_rows, q.shape[0], *sizes, **common, **shape, **tile.options(),
         )  # fmt: skip
     window_dkdv_kernel[(key_tiles.docs.shape[1] * k.shape[1],)](
         q, k, v, *reads, dk, dv, partial[0], partial[1], plan.order, plan.start, plan.init_end,
         plan.local_start, plan.position, cu_seqlens, key_tiles.doc_rows, key_tiles.docs, key_tiles.rows,
-        k.shape[0], key_tiles.docs.shape[1], *sizes, **common, **shape, **_options(tile),
+        k.shape[0], key_tiles.docs.shape[1], *sizes, **common, **shape, **tile.options(),
     )  # fmt: skip

@@ -1,7 +1,15 @@
 """The walk of a query tile over its keys, shared by forward and dQ.
 
-Three loops: steps at the edges of the windows (init, both ends of the local window) with a mask; the inner
-steps of the local window, which every row of the tile sees in full, without one; the union of chosen blocks.
+Three loops over steps of BN keys:
+
+- steps that every row of the tile sees in full, without a mask: init, if it is whole steps, and the inside
+  of the local window;
+- edges, keys in a row that some rows see: what is left of init, and the end of the local window;
+- the list, single blocks: the first blocks of the local window, which only the tile's first rows see, and
+  the union of the chosen blocks. One bit per query says who sees a block.
+
+A tile is regular if its queries are consecutive tokens of one document, fewer than the local window holds. In
+any other tile all of init and of the local windows are edges.
 """
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
@@ -16,37 +24,55 @@ import triton.language as tl
 
 
 @triton.jit
-def inner_range(LOCAL_START, POSITION, top, bottom, BN: tl.constexpr):
-    """Return (first local key of any row, first and end of the whole steps all rows see, last key)."""
+def tile_ranges(
+    DOC, START, LOCAL_START, POSITION, top, bottom, INIT: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Return where a tile's loops begin and end.
+
+    (full init steps, full steps, edge init steps, edge steps, first inner key, first key of the last edges,
+    end of the keys, first listed local key, number of listed local blocks).
+    """
     last = tl.load(POSITION + bottom) + 1
     lowest = tl.load(LOCAL_START + top)
-    first = lowest + tl.cdiv(tl.load(LOCAL_START + bottom) - lowest, BN) * BN
-    first = tl.minimum(first, last)
-    return lowest, first, first + tl.maximum(tl.load(POSITION + top) + 1 - first, 0) // BN * BN, last
+    first_position = tl.load(POSITION + top)
+    doc, last_doc = tl.load(DOC + top), tl.load(DOC + bottom)
+    first_inner = tl.load(LOCAL_START + bottom)
+    regular = (
+        (doc == last_doc) & (last - 1 - first_position == bottom - top) & (first_inner <= first_position)
+    )
+    first_inner = tl.where(regular, first_inner, lowest)
+    inner = tl.where(regular, tl.maximum(first_position + 1 - first_inner, 0) // BN, 0)
+    end_inner = first_inner + inner * BN
+    INIT_STEPS: tl.constexpr = (INIT + BN - 1) // BN
+    full_init = 0
+    if INIT % BN == 0:
+        full_init = tl.where(regular & (lowest - tl.load(START + top) >= INIT), INIT_STEPS, 0)
+    edge_init = tl.where(full_init > 0, 0, (last_doc - doc + 1) * INIT_STEPS)
+    edges = edge_init + tl.cdiv(last - end_inner, BN)
+    return (
+        full_init, full_init + inner, edge_init, edges, first_inner, end_inner, last, lowest,
+        (first_inner - lowest) // BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
-def edge_steps(doc, last_doc, lowest, first_inner, end_inner, last, INIT: tl.constexpr, BN: tl.constexpr):
-    """Return how many steps the init windows of the tile's documents take, and all edges together."""
-    INIT_STEPS: tl.constexpr = (INIT + BN - 1) // BN
-    init = (last_doc - doc + 1) * INIT_STEPS
-    return init, init + tl.cdiv(first_inner - lowest, BN) + tl.cdiv(last - end_inner, BN)
+def full_step(step, full_init, start, first_inner, BN: tl.constexpr):
+    """Return the first key of a step that all rows see."""
+    return tl.where(step < full_init, start + step * BN, first_inner + (step - full_init) * BN)
 
 
 @triton.jit
 def edge_step(
-    step, init_steps, CU_SEQLENS, doc, last_doc, lowest, first_inner, end_inner, last, start, init_end,
-    local_start, position, INIT: tl.constexpr, BN: tl.constexpr,
+    step, edge_init, CU_SEQLENS, doc, last_doc, end_inner, last, start, init_end, local_start, position,
+    INIT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Return (first key, end of the keys to read, lowest and end of each row's own keys) of a step."""
-    local = step - init_steps
-    head_steps = tl.cdiv(first_inner - lowest, BN)
-    first = tl.where(local < head_steps, lowest + local * BN, end_inner + (local - head_steps) * BN)
+    first = end_inner + (step - edge_init) * BN
     end = last
     low, high = local_start, position + 1
     if INIT > 0:
         INIT_STEPS: tl.constexpr = (INIT + BN - 1) // BN
-        is_init = step < init_steps
+        is_init = step < edge_init
         own = tl.minimum(doc + step // INIT_STEPS, last_doc)
         begin = tl.load(CU_SEQLENS + own)
         init_last = tl.minimum(begin + INIT, tl.load(CU_SEQLENS + own + 1))
@@ -59,17 +85,45 @@ def edge_step(
 
 
 @triton.jit
-def union_step(
-    first, count, base, word_stride, FIRST_TOKEN, BITS, low_bit, high_bit, BLOCK: tl.constexpr,
-    WORDS: tl.constexpr, BN: tl.constexpr,
+def queries_of_first_listed(POSITION, top, start, last, local_blocks, BLOCK: tl.constexpr):
+    """Return how many of a regular tile's queries see the first of its listed local blocks.
+
+    A query that is n blocks before the tile's last sees n blocks before that query's window.
+    """
+    block = (last - 1 - start) // BLOCK - local_blocks
+    return (block + 1) * BLOCK - (tl.load(POSITION + top) - start)
+
+
+@triton.jit
+def first_bits(count):
+    """Return words whose lowest `count` bits are set, for every count."""
+    some = tl.minimum(tl.maximum(count, 0), 31)
+    return tl.where(count >= 32, -1, (1 << some) - 1)
+
+
+@triton.jit
+def list_step(
+    first, local_blocks, count, lowest, seen_by_first, base, word_stride, FIRST_TOKEN, BITS, low_bit,
+    high_bit, BLOCK: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Return (keys [BN], which may be read, which row chose which [rows, BN]) of the entries from `first`."""
+    """Return (keys [BN], which may be read, which row sees which [rows, BN]) of blocks from `first` on.
+
+    The list begins with `local_blocks` blocks of the local window; the tile's first `seen_by_first` queries
+    see the first of them, and BLOCK queries more each next one. `count` chosen blocks follow.
+    """
     n = tl.arange(0, BN)
-    entry = first + n // BLOCK
+    place = first + n // BLOCK
+    entry = place - local_blocks
+    is_local = entry < 0
     ok = entry < count
-    key = tl.load(FIRST_TOKEN + base + entry, mask=ok, other=0) + n % BLOCK
-    chose = tl.load(BITS + base + entry, mask=ok, other=0)[None, :] & low_bit[:, None]
+    is_chosen = ok & (entry >= 0)
+    token = tl.load(FIRST_TOKEN + base + entry, mask=is_chosen, other=0)
+    key = tl.where(is_local, lowest + place * BLOCK, token) + n % BLOCK
+    seen_by = seen_by_first + place * BLOCK
+    bits = tl.load(BITS + base + entry, mask=is_chosen, other=0)
+    sees = tl.where(is_local, first_bits(seen_by), bits)[None, :] & low_bit[:, None]
     if WORDS == 2:
-        high = tl.load(BITS + word_stride + base + entry, mask=ok, other=0)
-        chose = chose | (high[None, :] & high_bit[:, None])
-    return key, ok, chose != 0
+        bits = tl.load(BITS + word_stride + base + entry, mask=is_chosen, other=0)
+        bits = tl.where(is_local, first_bits(seen_by - 32), bits)
+        sees = sees | (bits[None, :] & high_bit[:, None])
+    return key, ok, sees != 0
