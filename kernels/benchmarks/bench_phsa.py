@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,10 +34,33 @@ from phsa_kernels.testing import (
 HEADS = ((16, 8), (32, 8))
 TOPKS = (1, 2, 4, 8, 16)
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
-HEAD_DIM, BLOCK, INIT, LOCAL = 128, 16, 128, 512
-# Queries per distinct block at 32 queries a tile on a trained model at 8k: 3.8 at k = 2 and 7.9 at k = 16
-# were measured; other k lie on the line through both over log2 k.
-SHARES = {k: 3.8 + (7.9 - 3.8) / 3 * (math.log2(k) - 1) for k in TOPKS}
+HEAD_DIM = 128
+# Queries per distinct block at 32 queries a tile, the least that was measured on a real model at 32k
+# (results/sharing.json): 3.53 at k = 2, 6.38 at k = 16; other k lie on the line through both over log2 k.
+SHARES = {k: 3.53 + (6.38 - 3.53) / 3 * (math.log2(k) - 1) for k in TOPKS}
+
+
+class Setting(NamedTuple):
+    heads: tuple[int, int]
+    block: int = 16
+    init: int = 128
+    local: int = 512
+    group_score: str = "softmax_sum"
+
+    @property
+    def name(self):
+        return f"{self.heads[0]}/{self.heads[1]} block {self.block} {self.group_score}"
+
+
+# Beside the two head shapes: the scores that need no normalizer, and InfLLM-V2's heads and blocks.
+EXTRA = {
+    32768: ((Setting((32, 2), block=64, init=64), (16,)),),
+    131072: (
+        (Setting((16, 8), group_score="raw_sum"), (2, 16)),
+        (Setting((32, 8), group_score="raw_sum"), (2, 16)),
+        (Setting((32, 2), block=64, init=64), (16,)),
+    ),
+}
 GATE_CASES = (
     Shape((700, 1, 15, 0, 3333), 16, 8, 128, 16, 128, 512),
     Shape((5000,), 32, 8, 128, 2, 128, 512),
@@ -61,7 +85,7 @@ def gate():
                 sys.exit(f"gate: {c} for {shape}")
 
 
-def make_inputs(seq_len, heads, rho, seed=0):
+def make_inputs(seq_len, heads, rho, block=16, seed=0):
     """Queries that drift along tokens (first-order autoregression, factor rho), keys with a mean a block."""
     heads_q, heads_kv = heads
     g = torch.Generator(device="cuda").manual_seed(seed)
@@ -74,8 +98,8 @@ def make_inputs(seq_len, heads, rho, seed=0):
             step *= 2
     q = drift.repeat_interleave(heads_q // heads_kv, 1)
     q = q + 0.5 * torch.randn(seq_len, heads_q, HEAD_DIM, device="cuda", generator=g)
-    mean = torch.randn(seq_len // BLOCK, 1, heads_kv, HEAD_DIM, device="cuda", generator=g)
-    k = 0.7 * mean + torch.randn(seq_len // BLOCK, BLOCK, heads_kv, HEAD_DIM, device="cuda", generator=g)
+    mean = torch.randn(seq_len // block, 1, heads_kv, HEAD_DIM, device="cuda", generator=g)
+    k = 0.7 * mean + torch.randn(seq_len // block, block, heads_kv, HEAD_DIM, device="cuda", generator=g)
     v = torch.randn(seq_len, heads_kv, HEAD_DIM, device="cuda", generator=g)
     return [x.reshape(seq_len, -1, HEAD_DIM).bfloat16().requires_grad_() for x in (q, k, v)]
 
@@ -110,39 +134,38 @@ def results_mib(heads, seq_len, backward):
 
 
 class Case:
-    """One (heads, length, k, drift): the calls that are timed."""
+    """One (setting, length, k, drift): the calls that are timed."""
 
-    def __init__(self, seq_len, heads, topk, rho):
-        self.q, self.k, self.v = make_inputs(seq_len, heads, rho)
-        self.seq_len, self.heads, self.topk = seq_len, heads, topk
-        self.weights = torch.full((seq_len,), 1 / BLOCK, device="cuda")
+    def __init__(self, seq_len, setting, topk, rho):
+        self.q, self.k, self.v = make_inputs(seq_len, setting.heads, rho, setting.block)
+        self.seq_len, self.setting, self.topk = seq_len, setting, topk
+        self.weights = torch.full((seq_len,), 1 / setting.block, device="cuda")
         self.cu_seqlens = torch.tensor([0, seq_len], dtype=torch.int32, device="cuda")
         self.positions = api.token_positions(self.cu_seqlens, seq_len)
-        self.windows = {"init_tokens": INIT, "local_tokens": LOCAL}
+        self.windows = {
+            "init_tokens": setting.init, "local_tokens": setting.local, "block_tokens": setting.block,
+            "impl": "triton",
+        }  # fmt: skip
+        self.score = {"topk": topk, "group_score": setting.group_score}
         self.grad = torch.randn_like(self.q)
 
     def module(self):
         q, k, v = self.q, self.k, self.v
-        return api.phsa_attention(
-            q, k, v, self.weights, self.cu_seqlens, topk=self.topk, **self.windows, impl="triton"
-        )
+        return api.phsa_attention(q, k, v, self.weights, self.cu_seqlens, **self.score, **self.windows)
 
     def module_backward(self):
         return torch.autograd.grad(self.module().out, [self.q, self.k, self.v], self.grad)
 
     def pool(self):
-        return api.pool(self.k, self.weights, self.cu_seqlens, impl="triton")
+        block = self.setting.block
+        return api.pool(self.k, self.weights, self.cu_seqlens, block_tokens=block, impl="triton")
 
     def select(self, pooled):
-        blocks = api.block_boundaries(self.cu_seqlens, BLOCK)
-        return api.select(
-            self.q, pooled, *self.positions, blocks, topk=self.topk, **self.windows, impl="triton"
-        )
+        blocks = api.block_boundaries(self.cu_seqlens, self.setting.block)
+        return api.select(self.q, pooled, *self.positions, blocks, **self.score, **self.windows)
 
     def attend(self, ids):
-        return api.attend(
-            self.q, self.k, self.v, ids, *self.positions, self.cu_seqlens, **self.windows, impl="triton"
-        )[0]
+        return api.attend(self.q, self.k, self.v, ids, *self.positions, self.cu_seqlens, **self.windows)[0]
 
     def attend_backward(self, ids):
         return torch.autograd.grad(self.attend(ids), [self.q, self.k, self.v], self.grad)
@@ -166,18 +189,18 @@ def dense_ms(seq_len, heads, rep_ms):
     }
 
 
-def drift_for(seq_len, heads, topk):
+def drift_for(seq_len, setting, topk):
     """The largest drift factor whose share of blocks stays at or below the measured one."""
     for rho in (0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.0):
-        case = Case(seq_len, heads, topk, rho)
+        case = Case(seq_len, setting, topk, rho)
         if queries_per_distinct_block(case.select(case.pool())) <= SHARES[topk]:
             return rho
     return 0.0
 
 
-def rows_of(seq_len, heads, topk, overlap, dense, dense_mib, common, rep_ms, stages):
-    rho = drift_for(seq_len, heads, topk) if overlap == "measured" else 0.0
-    case = Case(seq_len, heads, topk, rho)
+def rows_of(seq_len, setting, topk, overlap, dense, dense_mib, common, rep_ms, stages):
+    rho = drift_for(seq_len, setting, topk) if overlap == "measured" else 0.0
+    case, heads = Case(seq_len, setting, topk, rho), setting.heads
     pooled = case.pool()
     ids = case.select(pooled)
     calls = {
@@ -194,14 +217,15 @@ def rows_of(seq_len, heads, topk, overlap, dense, dense_mib, common, rep_ms, sta
             continue
         ms = graph_ms(call, rep_ms)
         floor = stage_ms(
-            stage, kind == "fwd_bwd", **shape, seq_len=seq_len, init=INIT, local=LOCAL, topk=topk, block=BLOCK
-        )
+            stage, kind == "fwd_bwd", **shape, seq_len=seq_len, init=setting.init, local=setting.local,
+            topk=topk, block=setting.block, sweeps=2 if setting.group_score == "softmax_sum" else 1,
+        )  # fmt: skip
         eager = triton.testing.do_bench(call, warmup=3, rep=rep_ms, return_mode="median")
         extra_mib = peak_extra_mib(call)
         results = results_mib(heads, seq_len, kind == "fwd_bwd") if stage == "module" else None
         yield shape | {
-            "seq_len_tokens": seq_len, "block": BLOCK, "topk": topk, "init_tokens": INIT,
-            "local_tokens": LOCAL, "group_score": "softmax_sum", "overlap": overlap,
+            "seq_len_tokens": seq_len, "block": setting.block, "topk": topk, "init_tokens": setting.init,
+            "local_tokens": setting.local, "group_score": setting.group_score, "overlap": overlap,
             "share_t32": round(queries_per_distinct_block(ids), 2), "drift": rho, "pass": kind,
             "stage": stage, "ours_ms": round(ms, 4), "ours_eager_ms": round(eager, 4),
             "roofline_ms": round(floor, 4), "cudnn_ms": round(dense[kind], 4),
@@ -213,49 +237,59 @@ def rows_of(seq_len, heads, topk, overlap, dense, dense_mib, common, rep_ms, sta
 
 
 def warm_compilation():
-    """Compile every (heads, k) in its own process: the cache on disk serves this one afterwards."""
+    """Compile every (setting, k) in its own process: the cache on disk serves this one afterwards."""
+    jobs = {(Setting(heads), k) for heads in HEADS for k in TOPKS}
+    jobs |= {(setting, k) for extra in EXTRA.values() for setting, topks in extra for k in topks}
     running = [
-        subprocess.Popen([sys.executable, __file__, "--compile", f"{heads[0]},{heads[1]},{topk}"])
-        for heads, topk in itertools.product(HEADS, TOPKS)
+        subprocess.Popen([sys.executable, __file__, "--compile", json.dumps([setting, topk])])
+        for setting, topk in sorted(jobs)
     ]
     for process in running:
         if process.wait():
             sys.exit("a kernel does not compile")
 
 
+def cases_of(seq_len):
+    """(setting, k, overlap, whether stages are timed apart) of every row at a length."""
+    for heads in HEADS:
+        for topk, overlap in itertools.product(TOPKS, ("measured", "none")):
+            if overlap == "measured" or (seq_len in {32768, 131072} and topk in {2, 16}):
+                yield Setting(heads), topk, overlap, topk in {2, 16} and overlap == "measured"
+    for setting, topks in EXTRA.get(seq_len, ()):
+        for topk in topks:
+            yield setting, topk, "measured", True
+
+
+def show(row):
+    keys = (
+        "heads_q", "heads_kv", "seq_len_tokens", "topk", "overlap", "share_t32", "pass", "group_score",
+        "ours_ms", "cudnn_ms", "ratio", "peak_extra_mib", "beyond_results_mib", "limit_mib",
+    )  # fmt: skip
+    print(*(row[key] for key in keys), flush=True)
+
+
 def measure(arguments):
-    device = torch.cuda.get_device_name()
     common = {
-        "device": device, "torch": torch.__version__, "triton": triton.__version__,
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "commit": arguments.commit,
     }  # fmt: skip
     started = time.monotonic()
     rows = []
-    order = sorted(arguments.lengths, key=lambda n: (n not in {8192, 32768, 131072}, n))
-    for seq_len, heads in itertools.product(order, HEADS):
+    for seq_len in sorted(arguments.lengths, key=lambda n: (n not in {8192, 32768, 131072}, n)):
         if time.monotonic() - started > arguments.seconds:
-            print(f"stopped before {seq_len} {heads}: --seconds {arguments.seconds} is over", flush=True)
+            print(f"stopped before {seq_len}: --seconds {arguments.seconds} is over", flush=True)
             break
         rep_ms = 40 if seq_len <= 65536 else 120
-        dense, dense_mib = dense_ms(seq_len, heads, rep_ms)
-        for topk, overlap in itertools.product(TOPKS, ("measured", "none")):
-            worst_case = seq_len in {32768, 131072} and topk in {2, 16}
-            if overlap == "none" and not worst_case:
-                continue
-            stages = topk in {2, 16} and overlap == "measured"
-            for row in rows_of(seq_len, heads, topk, overlap, dense, dense_mib, common, rep_ms, stages):
+        dense = {}
+        for setting, topk, overlap, stages in cases_of(seq_len):
+            if setting.heads not in dense:
+                dense[setting.heads] = dense_ms(seq_len, setting.heads, rep_ms)
+            for row in rows_of(
+                seq_len, setting, topk, overlap, *dense[setting.heads], common, rep_ms, stages
+            ):
                 rows.append(row)
                 if row["stage"] == "module":
-                    keys = ("heads_q", "seq_len_tokens", "topk", "overlap", "share_t32", "pass")
-                    values = (
-                        "ours_ms",
-                        "cudnn_ms",
-                        "ratio",
-                        "peak_extra_mib",
-                        "beyond_results_mib",
-                        "limit_mib",
-                    )
-                    print(*(row[key] for key in keys + values), flush=True)
+                    show(row)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "h100.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows
@@ -270,8 +304,8 @@ def main():
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:
-        heads_q, heads_kv, topk = map(int, arguments.compile.split(","))
-        Case(8192, (heads_q, heads_kv), topk, 0.9).module_backward()
+        (heads, *rest), topk = json.loads(arguments.compile)
+        Case(8192, Setting(tuple(heads), *rest), topk, 0.9).module_backward()
         torch.cuda.synchronize()
         return
     warm_compilation()

@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 COLUMNS = (
-    "heads_q", "seq_len_tokens", "topk", "overlap", "share_t32", "stage", "pass", "ours_ms", "ours_eager_ms",
-    "roofline_ms", "cudnn_ms", "ratio", "peak_extra_mib", "beyond_results_mib",
-    "limit_mib", "cudnn_peak_extra_mib",
+    "heads_q", "heads_kv", "block", "group_score", "seq_len_tokens", "topk", "overlap", "share_t32", "stage",
+    "pass", "ours_ms", "ours_eager_ms", "roofline_ms", "cudnn_ms", "ratio", "peak_extra_mib",
+    "beyond_results_mib", "limit_mib", "cudnn_peak_extra_mib",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def break_even(points):
 def plot(rows, path):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for axis, kind in zip(axes, ("fwd", "fwd_bwd"), strict=True):
-        for heads in sorted({row["heads_q"] for row in rows}):
+        for heads in sorted({row["heads_q"] for row in rows if row["heads_kv"] == 8}):
             for topk in (2, 16):
                 wanted = {
                     "stage": "module",
@@ -41,6 +41,8 @@ def plot(rows, path):
                     "heads_q": heads,
                     "topk": topk,
                     "overlap": "measured",
+                    "block": 16,
+                    "group_score": "softmax_sum",
                 }
                 mine = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
                 points = sorted((row["seq_len_tokens"], row["ratio"]) for row in mine)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_phsa import HEADS, Case, drift_for, graph_ms
+from bench_phsa import HEADS, Case, Setting, drift_for, graph_ms
 
 from phsa_kernels import configs
 from phsa_kernels.attend import launch as attend
@@ -81,7 +81,7 @@ def calls(case):
 
 def compile_all(heads, topk, part, parts):
     """Run a share of the candidates once on a short case: the cache on disk serves the tuning."""
-    run = calls(Case(8192, heads, topk, 0.9))
+    run = calls(Case(8192, Setting(heads), topk, 0.9))
     base = configs.configs_for(torch.device("cuda"))
     jobs = [(n, s, c) for n, (s, candidates) in CANDIDATES.items() for c in candidates]
     for name, stage, candidate in jobs[part::parts]:
@@ -104,8 +104,8 @@ def compile_in_parallel(parts):
 
 def tune(rep_ms):
     table = configs.configs_for(torch.device("cuda"))
-    shares = [(h, k, drift_for(SEQ_LEN, h, k)) for h, k in itertools.product(HEADS, TOPKS)]
-    cases = [calls(Case(SEQ_LEN, heads, topk, rho)) for heads, topk, rho in shares]
+    shares = [(s, k, drift_for(SEQ_LEN, s, k)) for s, k in itertools.product(map(Setting, HEADS), TOPKS)]
+    cases = [calls(Case(SEQ_LEN, setting, topk, rho)) for setting, topk, rho in shares]
     log = []
     for name, (stage, candidates) in CANDIDATES.items():
         times = {}

@@ -119,8 +119,8 @@ def attend_forward(
     forward_kernel[(unions.tiles, num_kv_heads)](
         q, k, v, tiles(k, keys), tiles(v, keys), out, lse, *plan, cu_seqlens, *unions.lists, num_queries,
         unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out), INIT=init_tokens,
-        TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words, BN=keys,
-        **tile.options(),
+        TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words,
+        BN=keys, **tile.options(),
     )  # fmt: skip
     return out, lse, rows, union
 
@@ -157,8 +157,8 @@ def attend_backward(
     dq_kernel[(unions.tiles, k.shape[1])](
         q, k, v, tiles(k, keys), tiles(v, keys), out, grad_out, grad_lse, lse, delta, dq, *plan,
         cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads, unions.word_stride, scale,
-        *_strides(q, k, v, out, grad_out), INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens, T=unions.queries_in_tile,
-        WORDS=unions.words, BN=keys, **tile.options(),
+        *_strides(q, k, v, out, grad_out), INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens,
+        T=unions.queries_in_tile, WORDS=unions.words, BN=keys, **tile.options(),
     )  # fmt: skip
     _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale)
     if topk > 0 and k.shape[0] >= block_tokens:

@@ -1,8 +1,8 @@
 """The best one or two blocks of a query by columns: no branch, no exchange between threads in a step.
 
 A step scores BN blocks. Each of the BN columns keeps the best two of its own blocks over all steps (the best
-one for k = 1), and the row's best are picked among the columns at the end: no more than k blocks of a column can
-be among the row's best k. All heads of a group are the rows of one product.
+one for k = 1), and the row's best are picked among the columns at the end: of one column no more than k
+blocks can be among the row's best k. All heads of a group are the rows of one product.
 
 Blocks come in ascending order and replace only by a strictly greater score, and the lowest block is picked
 among equal ones: the lower block wins every tie.
