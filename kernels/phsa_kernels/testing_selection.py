@@ -73,13 +73,13 @@ def compare_selection(shape: Shape, q: Tensor, pooled: Tensor, ids: Tensor) -> S
         for begin in range(start, start + length, _CHUNK_QUERIES):
             rows = slice(begin, min(begin + _CHUNK_QUERIES, start + length))
             current = positions[rows].long() // shape.block_tokens
-            found = _compare_rows(shape, q[rows], keys, current, ids[rows].long())
+            found = compare_rows(shape, q[rows], keys, current, ids[rows].long())
             differ, wrong = differ + found[0], wrong + found[1]
     num_rows = ids.shape[0] * ids.shape[1]
     return SelectionComparison(num_rows, differ / max(num_rows, 1), wrong)
 
 
-def _compare_rows(shape: Shape, q: Tensor, keys: Tensor, current: Tensor, ids: Tensor) -> tuple[int, int]:
+def compare_rows(shape: Shape, q: Tensor, keys: Tensor, current: Tensor, ids: Tensor) -> tuple[int, int]:
     """Return how many rows differ from the fp64 answer, and how many of all are wrong."""
     if len(keys) == 0:
         malformed = (ids != -1).flatten(1).any(-1)

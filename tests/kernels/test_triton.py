@@ -51,6 +51,9 @@ LONGER = (
         Shape((4096,), 16, 8, 128, 2, 16, 128),
         Shape((1500, 6000, 31), 16, 8, 128, 16, 16, 128),
         Shape((8192,), 32, 8, 128, 4, 16, 128),
+        Shape((2500,), 16, 1, 128, 2, 16, 128),
+        Shape((1700, 900), 12, 4, 128, 1, 128, 512),
+        Shape((3000,), 32, 2, 128, 16, 64, 512, block_tokens=64),
     ]
     if torch.cuda.is_available()
     else []
@@ -108,6 +111,12 @@ def test_outputs_and_gradients_are_within_the_error_budget(shape):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_low_precision_is_within_the_error_budget(dtype):
     assert_within_budget(SHAPES["ragged and empty documents"], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LONGER, ids=map(str, LONGER))
+def test_full_head_shapes_are_within_the_error_budget(shape, dtype):
+    assert_within_budget(shape, dtype)
 
 
 @pytest.mark.parametrize("lengths", [(150,), (40, 100, 5, 60), (31, 1, 33, 128)])

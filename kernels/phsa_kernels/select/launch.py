@@ -17,6 +17,18 @@ from phsa_kernels.select.normalizer import normalizer_kernel
 # Columns keep all heads of a group and k entries a column in registers.
 _COLUMNS_MAX_GROUP = 4
 _COLUMNS_MAX_TOPK = 2
+# The queries of all heads of a tile stay in shared memory.
+_QUERIES_MAX_BYTES = 128 * 1024
+
+
+def _rows_that_fit(rows: int, group: int, q: Tensor) -> int:
+    """Return how many queries a tile takes: `rows`, fewer of many or wide heads."""
+    while (
+        rows > 16
+        and triton.next_power_of_2(group) * rows * q.shape[2] * q.element_size() > _QUERIES_MAX_BYTES
+    ):
+        rows //= 2
+    return rows
 
 
 def select_blocks(
@@ -62,16 +74,16 @@ def select_blocks(
     shape |= {"TOPK": topk, "SOFTMAX": softmax}
     if topk <= _COLUMNS_MAX_TOPK and group <= _COLUMNS_MAX_GROUP:
         tile = configs.select_columns
-        # All heads' queries stay in shared memory: fp32 takes twice as much of it.
-        rows = tile.rows if q.element_size() == 2 else tile.rows // 2
+        rows = _rows_that_fit(tile.rows, group, q)
         select_columns_kernel[(triton.cdiv(num_queries, rows) * num_kv_heads,)](
             q, tiles(pooled, tile.keys), *where, norm, ids, *sizes, **shape,
             HEADS=triton.next_power_of_2(group), T=rows, BN=tile.keys, **tile.options(),
         )  # fmt: skip
     else:
         tile = configs.select_list
-        select_list_kernel[(triton.cdiv(num_queries, tile.rows) * num_kv_heads,)](
+        rows = _rows_that_fit(tile.rows, group, q)
+        select_list_kernel[(triton.cdiv(num_queries, rows) * num_kv_heads,)](
             q, pooled, *where, norm, ids, *sizes, pooled.stride(0), pooled.stride(1), **shape,
-            TOPK_PADDED=triton.next_power_of_2(topk), T=tile.rows, BN=tile.keys, **tile.options(),
+            TOPK_PADDED=triton.next_power_of_2(topk), T=rows, BN=tile.keys, **tile.options(),
         )  # fmt: skip
     return ids
