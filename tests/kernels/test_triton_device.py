@@ -1,5 +1,6 @@
-"""What only a GPU can show: more than 2**31 elements, no wait for the device, CUDA graphs, a clean memcheck."""
+"""What only a GPU can show: more than 2**31 elements, no wait for the device, CUDA graphs, memcheck."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -163,10 +164,11 @@ def test_memcheck_finds_nothing():
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
+    package = str(Path(api.__file__).parents[1])
     code = "import test_triton_device as t; t.step(*t.small_case()); import torch; torch.cuda.synchronize()"
     done = subprocess.run(
         [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=500, check=False,
+        cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": package}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout
