@@ -168,7 +168,8 @@ def test_memcheck_finds_nothing():
     code = "import test_triton_device as t; t.step(*t.small_case()); import torch; torch.cuda.synchronize()"
     done = subprocess.run(
         [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code],
-        cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": package}, capture_output=True, text=True, timeout=500, check=False,
+        cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": package}, capture_output=True,
+        text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout
