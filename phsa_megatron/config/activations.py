@@ -78,7 +78,7 @@ def head_widths(config: TrainConfig) -> tuple[float, float]:
 
 
 def residual_width(config: TrainConfig) -> float:
-    """Return the channels of the residual stream a token on one process: h, sharded by sequence parallelism."""
+    """Return the channels of the residual stream on one process: h, or its part with sequence parallelism."""
     parallel = config.parallel
     return config.model.hidden_size / (parallel.tensor_size if parallel.sequence_parallel else 1)
 

@@ -111,8 +111,8 @@ def _memory(config: TrainConfig, derived: Derived) -> list[str]:
     line = (
         f"memory of a device, estimated = weights {memory.weights_gib:.2f} + gradients "
         f"{memory.grads_gib:.2f} + optimizer {memory.optimizer_gib:.2f} + activations "
-        f"{memory.activations_gib:.2f} + gathered keys and values {memory.gathered_kv_gib:.2f} + working at the "
-        f"{memory.moment} {memory.working_gib:.2f} = {memory.total_gib:.2f} GiB"
+        f"{memory.activations_gib:.2f} + gathered keys and values {memory.gathered_kv_gib:.2f} + working at "
+        f"the {memory.moment} {memory.working_gib:.2f} = {memory.total_gib:.2f} GiB"
     )
     if limit is not None:
         line += f" of {limit:g} GiB" + (": MORE THAN THERE IS" if memory.total_gib > limit else "")

@@ -155,10 +155,22 @@ def _stage_memory(
     moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
     moment = max(moments, key=lambda name: moments[name])
     fixed = (e * here, 4 * here, optimizer_bytes_per_parameter(config) * here / shards)
-    parts = (*fixed, kept, gathered, moments[moment])
-    details = (logits, recomputed, pooled, workspace, optimizer_step)
-    sizes = (value / _GIB for value in (*parts, sum(parts), *details))
-    return MemoryEstimate(*sizes, moment=moment, pipeline_stage=stage)
+    return MemoryEstimate(
+        weights_gib=fixed[0] / _GIB,
+        grads_gib=fixed[1] / _GIB,
+        optimizer_gib=fixed[2] / _GIB,
+        activations_gib=kept / _GIB,
+        gathered_kv_gib=gathered / _GIB,
+        working_gib=moments[moment] / _GIB,
+        total_gib=(sum(fixed) + kept + gathered + moments[moment]) / _GIB,
+        logits_gib=logits / _GIB,
+        recomputed_gib=recomputed / _GIB,
+        pooled_keys_gib=pooled / _GIB,
+        kernel_workspace_gib=workspace / _GIB,
+        optimizer_step_gib=optimizer_step / _GIB,
+        moment=moment,
+        pipeline_stage=stage,
+    )
 
 
 def kernel_workspace_bytes(config: TrainConfig) -> float:
