@@ -86,19 +86,25 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         _positive("--gpu-hour-cost", arguments.gpu_hour_cost)
     if arguments.top < 1:
         raise ConfigError(f"--top {arguments.top}: print at least one layout")
+    config = run_to_plan(arguments.overrides, arguments.recipes_dir)
     if arguments.plot is not None:
         figure_class()  # says at once if it is not there
-    config = run_to_plan(arguments.overrides, arguments.recipes_dir)
+        if arguments.plot_gpus < config.cluster.processes_per_node:
+            raise ConfigError(
+                f"--plot-gpus {arguments.plot_gpus}: a host has {config.cluster.processes_per_node} GPUs, "
+                "and the plot counts whole hosts"
+            )
     machine = Machine.of(config, **given)
     plan = make_plan(config, machine)
-    print_plan(plan, console, arguments.top, arguments.gpu_hour_cost)
     points = list[Point]()
     if arguments.plot is not None:
         points = _plot(config, machine, arguments, console)
-        console.print(f"wrote {arguments.plot}")
     if arguments.json is not None:
         write_json(arguments.json, as_json(plan, arguments.top, arguments.gpu_hour_cost, points))
-        console.print(f"wrote {arguments.json}")
+    print_plan(plan, console, arguments.top, arguments.gpu_hour_cost)
+    for path in (arguments.plot, arguments.json):
+        if path is not None:
+            console.print(f"wrote {path}")
     return 0
 
 

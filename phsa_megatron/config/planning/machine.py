@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -37,6 +38,7 @@ class Input:
 
 
 _ROOFLINE = "kernels/benchmarks/roofline.py, one H100 80GB"
+_START = "start of a collective of two; log2(n) times it for n processes"
 _H100_PEAK_TFLOPS = 989.0
 
 
@@ -82,9 +84,9 @@ class Machine:
         )
     )
     """Bytes that a GPU sends to another host, one adapter a GPU."""
-    nvlink_latency_us: Input = field(default_factory=lambda: _assumed(15.0, "us", "start of a collective"))
-    """Time of a collective without bytes, inside a host."""
-    network_latency_us: Input = field(default_factory=lambda: _assumed(30.0, "us", "start of a collective"))
+    nvlink_latency_us: Input = field(default_factory=lambda: _assumed(15.0, "us", _START))
+    """Time of a collective of two without bytes, inside a host."""
+    network_latency_us: Input = field(default_factory=lambda: _assumed(30.0, "us", _START))
     """The same between hosts."""
     host_layer_ms: Input = field(
         default_factory=lambda: _assumed(
@@ -156,9 +158,10 @@ class Machine:
         return min(self.nvlink_gb_s.value, on_host * self.network_gb_s.value) * 1e9
 
     def latency_s(self, size: int, stride: int) -> float:
-        """Return the time of a collective without bytes."""
+        """Return the time of a collective without bytes: it grows with the logarithm of the group."""
         inside = self.members_on_host(size, stride) == size
-        return (self.nvlink_latency_us if inside else self.network_latency_us).value * 1e-6
+        start_us = (self.nvlink_latency_us if inside else self.network_latency_us).value
+        return start_us * 1e-6 * max(1.0, math.log2(size))
 
     def members_on_host(self, size: int, stride: int) -> int:
         """Return how many members of a group share a host."""

@@ -42,7 +42,10 @@ def write_plot(
             _lines(axis, points, x_of, factor)
             axis.set_xlabel(label)
             axis.set_ylabel(y_label)
-            axis.set_yscale("log")
+            if factor is not None and column == 0:
+                axis.set_ylim(bottom=0)
+            else:
+                axis.set_yscale("log")
     figure.suptitle(title)
     try:
         figure.savefig(path, dpi=130)

@@ -23,7 +23,8 @@ ASSUMPTIONS = (
     "context-parallel processes have equal work, 1/CP of a sequence's at measured speed; of heads, 1/TP",
     "tensor-parallel communication is exposed; keys and values arrive while the selection computes",
     "with overlap, gradients leave during the last backward pass and weights arrive during the first "
-    "forward pass, but for one layer's; sends are exposed without virtual stages and hidden with them",
+    "forward pass, but for one layer's; what is sent between stages is hidden with virtual stages only, the "
+    "start of a send never",
     "all stages are as slow as the last, and the bubble is (PP - 1) / VPP micro-batches",
     "dense attention runs at cuDNN's speed, which torch may not choose, and on whole documents",
     "evaluation, saving, data and stragglers take no time",

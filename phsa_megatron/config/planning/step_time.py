@@ -176,7 +176,8 @@ def _exposed(
 
     Tensor-parallel communication and everything that selection or a product needs at once is exposed. Keys
     and values arrive while the selection computes. With overlap, gradients leave during the last backward
-    pass and weights arrive during the first forward pass, but for one layer's; virtual stages hide sends.
+    pass and weights arrive during the first forward pass, but for one layer's. Virtual stages hide what is
+    sent between stages, not the start of each send.
     """
     parallel = config.parallel
     runs = layers * micro_batches_per_step(config) * (2 if parallel.recompute != Recompute.none else 1)
@@ -186,7 +187,9 @@ def _exposed(
         gradients = max(gradients / layers, gradients - layers * layer_backward_s)
     if parallel.overlap_param_gather:
         weights = max(weights / layers, weights - layers * layer_forward_s)
-    pipeline = _seconds(machine, sent.pipeline) if parallel.virtual_pipeline_size is None else 0.0
+    pipeline = _seconds(machine, sent.pipeline)
+    if parallel.virtual_pipeline_size is not None:
+        pipeline = sent.pipeline.messages * machine.latency_s(sent.pipeline.size, sent.pipeline.stride)
     return {
         "tensor_s": _seconds(machine, sent.tensor),
         "context_s": _seconds(machine, sent.context_keys)
