@@ -138,7 +138,10 @@ def _stage_memory(
     kept, gathered = layers * layer.kept(parallel.recompute), 0.0
     if layer.recomputed(parallel.recompute) == 0:
         gathered = layers * layer.gathered_kv
-    logits = 0.0
+    logits = tied_gradient = 0.0
+    if not last:
+        # What a stage sends stays until its gradient arrives.
+        kept += layers / chunk_layers * layer.layer_input
     if last:
         # The final norm: its input, its output and one fp32 a row.
         kept += own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
@@ -150,7 +153,11 @@ def _stage_memory(
     pooled, workspace = _pooled_keys_bytes(config), kernel_workspace_bytes(config)
     recomputed = layer.recomputed(parallel.recompute)
     loss = max(logits, logits / (4 + e) * e + _output_gradient_bytes(config, padded_vocab)) if last else 0.0
+    if last and stage == 0 and model.tie_embeddings:
+        # The output layer's part of the gradient waits for that of the embedding.
+        tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
     in_layer = recomputed + max(_mlp_backward_bytes(config), _attention_bytes(config, pooled, workspace))
+    in_layer += tied_gradient
     optimizer_step = 4 * here / shards  # the square roots of the second moments, all at once
     moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
     moment = max(moments, key=lambda name: moments[name])

@@ -12,7 +12,7 @@ from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.planning.compare import compare, comparison_table, read_rows
 from phsa_megatron.config.planning.machine import Machine
 from phsa_megatron.config.planning.plot import figure_class, write_plot
-from phsa_megatron.config.planning.report import as_json, print_plan, write_json
+from phsa_megatron.config.planning.report import as_json, points_table, print_plan, write_json
 from phsa_megatron.config.planning.run_to_plan import run_to_plan
 from phsa_megatron.config.planning.search import make_plan
 from phsa_megatron.config.planning.sweep import Point, best_point, runs_by_context, runs_by_gpus
@@ -102,6 +102,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json is not None:
         write_json(arguments.json, as_json(plan, arguments.top, arguments.gpu_hour_cost, points))
     print_plan(plan, console, arguments.top, arguments.gpu_hour_cost)
+    if points:
+        console.print(points_table(points, arguments.gpu_hour_cost))
     for path in (arguments.plot, arguments.json):
         if path is not None:
             console.print(f"wrote {path}")

@@ -103,6 +103,25 @@ def as_json(plan: Plan, top: int, gpu_hour_usd: float | None, points: list[Point
     }
 
 
+def points_table(points: list[Point], gpu_hour_usd: float | None) -> Table:
+    """Return the points of the plot."""
+    table = Table(title="the best layout that fits, for other GPUs and context lengths", title_justify="left")
+    table.add_column("attention")
+    price = "GPU-hours" if gpu_hour_usd is None else "USD"
+    for name in ("GPUs", "tokens a sequence", "tokens/s", f"{price} a billion tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("layout, or why there is none", overflow="fold")
+    for point in points:
+        hours, speed = point.gpu_hours_per_billion, point.tokens_per_s
+        numbers = ["", ""]
+        if hours is not None and speed is not None:
+            numbers = [f"{speed:,.0f}", f"{hours * (gpu_hour_usd or 1.0):,.1f}"]
+        table.add_row(
+            point.attention, f"{point.gpus:,}", f"{point.seq_len_tokens:,}", *numbers, Text(point.layout)
+        )
+    return table
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write what `as_json` returns."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -89,6 +89,9 @@ def step_time(
     layers = config.model.num_layers / parallel.pipeline_size + config.model.mtp_num_layers
     again = _recomputed(config, forward, attention)
     ends_products, ends_elementwise = _loss(config, machine, padded_vocab)
+    # Gradients of weights are added to their fp32 sums after each backward pass.
+    here = _fullest_stage(config, parameters, padded_vocab)
+    ends_elementwise += machine.copy_s((8 + element_bytes(config)) * here)
     exposed = _exposed(config, machine, sent, attention, layers, forward.total, backward.total)
     per_micro_batch = {
         "products_s": layers * (forward.products + backward.products) + ends_products,
@@ -149,11 +152,16 @@ def _loss(config: TrainConfig, machine: Machine, padded_vocab: int) -> tuple[flo
 
 def _optimizer(config: TrainConfig, machine: Machine, parameters: ParameterCount, padded_vocab: int) -> float:
     """Return the seconds of clearing gradients, their norm and clipping, and Adam on the fp32 shard."""
-    stages = (0, config.parallel.pipeline_size - 1)
-    here = max(stage_parameters(config, parameters, padded_vocab, stage) for stage in stages)
+    here = _fullest_stage(config, parameters, padded_vocab)
     sharded = config.parallel.distributed_optimizer
     shards = data_parallel_size(config) * config.parallel.context_size if sharded else 1
     return machine.copy_s(4 * here + 90 * here / shards)
+
+
+def _fullest_stage(config: TrainConfig, parameters: ParameterCount, padded_vocab: int) -> float:
+    """Return the parameters of the process that holds most."""
+    stages = (0, config.parallel.pipeline_size - 1)
+    return max(stage_parameters(config, parameters, padded_vocab, stage) for stage in stages)
 
 
 def _seconds(machine: Machine, traffic: Traffic) -> float:

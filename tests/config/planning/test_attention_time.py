@@ -51,17 +51,18 @@ def test_measured_points_are_returned_as_they_are(large, heads):
         assert time.notes == dense.notes == ()
 
 
-def test_a_left_out_length_is_interpolated_to_within_a_tenth():
-    """What interpolation is worth: every inner measured point against the curve through its neighbours."""
+def test_a_left_out_length_is_interpolated_to_within_a_seventh():
+    """What interpolation is worth: every inner measured point against the curve through its neighbours, which
+    are farther apart than those that the plan reads between. docs/plan.md quotes it."""
     errors = []
     for curve in (*table().phsa.values(), *table().dense.values()):
         for i in range(1, len(curve.lengths) - 1):
             without = Curve(curve.lengths[:i] + curve.lengths[i + 1 :], curve.ms[:i] + curve.ms[i + 1 :])
             errors.append(without.at(curve.lengths[i], 1.0) / curve.ms[i] - 1)
     errors.sort(key=abs)
-    assert abs(errors[len(errors) // 2]) < 0.1
-    # Pooling is dominated by its launch at 4k and by bytes at 256k: the curve bends.
-    assert abs(errors[-1]) < 0.5
+    assert len(errors) == 200
+    assert abs(errors[100]) < 0.06
+    assert abs(errors[-1]) < 0.14
 
 
 def test_a_length_beyond_the_rows_grows_as_stated_and_says_so(large):
