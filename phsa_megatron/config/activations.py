@@ -101,7 +101,9 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
     if model.qk_norm or values_are_views:
         outside += t * e * (q + 2 * kv)
     if model.qk_norm:
-        outside += t * (q * e + 4 * heads)  # the queries before their norm are a copy
+        # The queries before their norm are a copy, unless they lie in one piece.
+        one_piece = model.num_kv_heads == parallel.tensor_size or model.num_query_heads == model.num_kv_heads
+        outside += t * ((0 if one_piece else q * e) + 4 * heads)
     outside += t / config.optim.micro_batch_sequences * 4 * model.head_dim * e  # cosines and sines, q and k
     outside += t * e * q  # the input of the output projection
     outside += t * e * 5 * model.ffn_hidden_size / parallel.tensor_size  # gate and up, silu, up, product

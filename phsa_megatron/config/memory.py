@@ -74,7 +74,7 @@ def estimate_memory(
     # In the middle, stages hold no embedding and no loss, and fewer micro-batches than the one before.
     stages = sorted({0, min(1, config.parallel.pipeline_size - 1), config.parallel.pipeline_size - 1})
     estimates = [
-        _stage_memory(config, parameters, padded_vocab, data_parallel, micro_batches, stage)
+        stage_memory(config, parameters, padded_vocab, data_parallel, micro_batches, stage)
         for stage in stages
     ]
     return max(estimates, key=lambda estimate: estimate.total_gib)
@@ -120,7 +120,7 @@ def chunks_in_flight(config: TrainConfig, micro_batches: int, stage: int) -> int
     return min(warm_up + 1, micro_batches * virtual)
 
 
-def _stage_memory(
+def stage_memory(
     config: TrainConfig,
     parameters: ParameterCount,
     padded_vocab: int,
@@ -128,6 +128,7 @@ def _stage_memory(
     micro_batches: int,
     stage: int,
 ) -> MemoryEstimate:
+    """Return the memory of one pipeline stage; see `estimate_memory`."""
     parallel, model, e = config.parallel, config.model, element_bytes(config)
     here = stage_parameters(config, parameters, padded_vocab, stage)
     shards = data_parallel * parallel.context_size if parallel.distributed_optimizer else 1

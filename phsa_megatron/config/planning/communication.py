@@ -123,21 +123,25 @@ def tensor_units(config: TrainConfig) -> tuple[int, int]:
     after its two row-parallel ones; backward undoes the four and gathers the inputs of the former two once
     more. Without it, each of the two all-reduces forward and backward counts as one of each.
     """
-    if config.parallel.tensor_size == 1:
-        return 0, 0
     return (4, 6) if config.parallel.sequence_parallel else (4, 4)
 
 
 def _tensor(config: TrainConfig, layers: float, micro_batches: int) -> Traffic:
     size = config.parallel.tensor_size
     forward, backward = tensor_units(config)
+    if size == 1:
+        return Traffic("activations (tensor)", 0.0, 0.0, 1, 1)
     passes = forward * (2 if config.parallel.recompute == Recompute.full else 1) + backward
-    # Embedding (first stage) or output layer (last stage): one unit forward; two backward for the latter.
-    ends = (3 if forward else 0) * micro_batches
-    unit = residual_bytes(config) * (size - 1) / size
-    all_reduces = 1 if config.parallel.sequence_parallel else 2
-    messages = (layers * passes + ends) / all_reduces
-    return Traffic("activations (tensor)", (layers * passes + ends) * unit, messages, size, 1)
+    sharded = config.parallel.sequence_parallel
+    # The output layer's stage sends more than the embedding's; one stage has both.
+    output, embedding = (3, 2) if sharded else (2, 2)
+    ends = (output + (embedding if config.parallel.pipeline_size == 1 else 0)) * micro_batches
+    units = layers * passes + ends
+    # The softmax of the loss sums three fp32 numbers a token.
+    losses = 3 * micro_batches * (1 + config.model.mtp_num_layers)
+    num_bytes = units * residual_bytes(config) + losses * 2 * 4 * own_tokens(config)
+    messages = units / (1 if sharded else 2) + losses
+    return Traffic("activations (tensor)", num_bytes * (size - 1) / size, messages, size, 1)
 
 
 def _pipeline(config: TrainConfig, micro_batches: int, stride: int) -> Traffic:

@@ -9,6 +9,7 @@ from phsa_megatron.config.schema import AttentionKind, Recompute
 
 HIDDEN, LAYERS, TOKENS = 4096, 36, 32768
 RESIDUAL = TOKENS * HIDDEN * 2
+LOSS = 3 * 2 * 4 * TOKENS
 
 
 def sent(config):
@@ -23,12 +24,13 @@ def test_one_gpu_sends_nothing(large):
 
 def test_sequence_parallel_activations_by_hand(large):
     """TP 4, 32 sequences over two copies: 16 micro-batches. Without recomputation a layer has 4 gathers and
-    scatters forward and 6 backward, each of 3/4 of the residual stream; the output layer adds 3."""
+    scatters forward and 6 backward, each of 3/4 of the residual stream; output layer and embedding add 5,
+    and the loss three sums of an fp32 number a token."""
     config = large(parallel__recompute=Recompute.none)
     traffic = sent(config).tensor
     unit = RESIDUAL * 3 // 4
-    assert traffic.step_bytes == 16 * (LAYERS * 10 + 3) * unit
-    assert traffic.messages == 16 * (LAYERS * 10 + 3)
+    assert traffic.step_bytes == 16 * ((LAYERS * 10 + 5) * unit + LOSS * 3 // 4)
+    assert traffic.messages == 16 * (LAYERS * 10 + 5 + 3)
     again = sent(large(parallel__recompute=Recompute.full)).tensor
     assert again.step_bytes - traffic.step_bytes == 16 * LAYERS * 4 * unit
     assert sent(large(parallel__recompute=Recompute.selective)).tensor == traffic
@@ -38,8 +40,8 @@ def test_all_reduces_without_sequence_parallelism_by_hand(large):
     """Two all-reduces forward and two backward, each as much as a gather and a scatter."""
     config = large(parallel__sequence_parallel=False, parallel__recompute=Recompute.none)
     traffic = sent(config).tensor
-    assert traffic.step_bytes == 16 * (LAYERS * 8 + 3) * RESIDUAL * 3 // 4
-    assert traffic.messages == 16 * (LAYERS * 8 + 3) / 2
+    assert traffic.step_bytes == 16 * ((LAYERS * 8 + 4) * RESIDUAL + LOSS) * 3 // 4
+    assert traffic.messages == 16 * ((LAYERS * 8 + 4) / 2 + 3)
 
 
 def test_gradients_and_weights_by_hand(large):
