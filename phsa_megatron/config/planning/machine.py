@@ -65,9 +65,7 @@ class Machine:
     )
     """Speed of a large matrix product."""
     product_frac: Input = field(
-        default_factory=lambda: _assumed(
-            0.8, "of it", "a layer's products are smaller, and bf16 gradients are added to fp32 sums"
-        )
+        default_factory=lambda: _assumed(0.8, "of it", "a layer's products are smaller than that one")
     )
     """Part of `product_tflops` that a layer's products reach."""
     copy_gb_s: Input = field(default_factory=lambda: _measured(3000.0, "GB/s", f"device copy, {_ROOFLINE}"))

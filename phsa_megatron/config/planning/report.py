@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console, top: int, gpu_hour_usd: float | Non
     best = plan.best(top)
     console.print(_layouts(plan, best, top, gpu_hour_usd))
     if plan.as_written is None:
-        console.print(Text("The run as written breaks a rule: phsa-train validate says which."))
+        console.print(Text(f"The run as written breaks a rule: {plan.broken_rules}"))
     elif not plan.as_written.fits:
         console.print(
             Text(f"The run as written needs {plan.as_written.over_gib:.1f} GiB more than there is.")
@@ -93,6 +93,7 @@ def as_json(plan: Plan, top: int, gpu_hour_usd: float | None, points: list[Point
         "seq_len_tokens": plan.config.data.seq_len_tokens,
         "global_batch_sequences": plan.config.optim.global_batch_sequences,
         "usable_gib": plan.machine.usable_gib,
+        "broken_rules": plan.broken_rules,
         "as_written": None if plan.as_written is None else one(plan.as_written),
         "best": [one(estimate) for estimate in plan.best(top)],
         "too_big": [one(estimate) for estimate in plan.best_too_big(top)],
@@ -130,8 +131,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _layouts(plan: Plan, best: list[Estimate], top: int, gpu_hour_usd: float | None) -> Table:
     config = plan.config
     batch, length = config.optim.global_batch_sequences, config.data.seq_len_tokens
+    gpus = world_size(config)
     table = Table(
-        title=f"{config.run.name}: {world_size(config)} GPUs, {batch} sequences of {length:,} tokens a step; "
+        title=f"{config.run.name}: {gpus} GPU{'s' if gpus > 1 else ''}, {batch} sequences of {length:,} tokens a step; "
         f"a run may take {plan.machine.usable_gib:g} of {plan.machine.memory_gib:g} GiB",
         title_justify="left",
     )

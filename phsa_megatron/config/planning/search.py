@@ -126,7 +126,9 @@ class Plan:
     Attributes:
         config: the run, as written.
         machine: what it runs on.
-        as_written: the estimate of its own layout, settings of optimizer and overlap included.
+        as_written: the estimate of its own layout, settings of optimizer and overlap included; None if it
+            breaks a rule.
+        broken_rules: the message of the rules that the run breaks as written, or nothing.
         fitting: layouts that fit, the fastest first.
         too_big: layouts that do not fit, the fastest first.
         refused: how many layouts each setting's rule refused, and one message of each.
@@ -135,6 +137,7 @@ class Plan:
     config: TrainConfig
     machine: Machine
     as_written: Estimate | None
+    broken_rules: str
     fitting: list[Estimate]
     too_big: list[Estimate]
     refused: dict[str, tuple[int, str]]
@@ -144,8 +147,9 @@ class Plan:
         return _one_of_each(self.fitting)[:most]
 
     def best_too_big(self, most: int) -> list[Estimate]:
-        """Return the fastest that do not fit, one of each TP, PP and CP."""
-        return _one_of_each(self.too_big)[:most]
+        """Return the fastest that do not fit, one of each TP, PP and CP; if nothing fits, the smallest."""
+        by_size = sorted(self.too_big, key=lambda estimate: estimate.over_gib)
+        return _one_of_each(self.too_big if self.fitting else by_size)[:most]
 
     def by_layout(self) -> dict[Layout, Estimate]:
         """Return every estimate that the rules allow."""
@@ -228,15 +232,17 @@ def make_plan(config: TrainConfig, machine: Machine) -> Plan:
             f"the sequence length. Among the rules that refuse:\n{rules}"
         )
     measured.sort(key=lambda estimate: -estimate.tokens_per_s)
+    written, broken = None, ""
     try:
         validate(config)
         written = estimator.estimate(config)
-    except ConfigError:
-        written = None
+    except ConfigError as error:
+        broken = str(error)
     return Plan(
         config=config,
         machine=machine,
         as_written=written,
+        broken_rules=broken,
         fitting=[estimate for estimate in measured if estimate.fits],
         too_big=[estimate for estimate in measured if not estimate.fits],
         refused={field: (count, examples[field]) for field, count in refused.most_common()},

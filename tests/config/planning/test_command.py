@@ -45,8 +45,10 @@ def test_the_plan_says_what_is_best_why_and_what_it_rests_on(capsys, tmp_path):
 def test_one_gpu_that_cannot_hold_the_model_is_told_what_is_missing(capsys):
     code, out, _ = run(capsys, RECIPE, "cluster.processes_per_node=1")
     assert code == 0
+    assert "1 GPU, 32 sequences" in out
     assert "No layout fits. The smallest" in out
     assert "GiB more than there is" in out
+    assert "The run as written breaks a rule: cluster.processes_per_node=1" in out
 
 
 def test_the_plot_is_written_with_its_points(capsys, tmp_path):
