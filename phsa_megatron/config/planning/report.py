@@ -133,8 +133,8 @@ def _layouts(plan: Plan, best: list[Estimate], top: int, gpu_hour_usd: float | N
     batch, length = config.optim.global_batch_sequences, config.data.seq_len_tokens
     gpus = world_size(config)
     table = Table(
-        title=f"{config.run.name}: {gpus} GPU{'s' if gpus > 1 else ''}, {batch} sequences of {length:,} tokens a step; "
-        f"a run may take {plan.machine.usable_gib:g} of {plan.machine.memory_gib:g} GiB",
+        title=f"{config.run.name}: {gpus} GPU{'s' if gpus > 1 else ''}, {batch} sequences of {length:,} "
+        f"tokens a step; a run may take {plan.machine.usable_gib:g} of {plan.machine.memory_gib:g} GiB",
         title_justify="left",
     )
     table.add_column("")
