@@ -136,7 +136,7 @@ def stage_memory(
     last = stage == parallel.pipeline_size - 1
     chunk_layers = model.num_layers / (parallel.pipeline_size * (parallel.virtual_pipeline_size or 1))
     layers = chunks_in_flight(config, micro_batches, stage) * chunk_layers
-    kept, gathered = layers * layer.kept(parallel.recompute), 0.0
+    kept, gathered, final = layers * layer.kept(parallel.recompute), 0.0, 0.0
     if layer.recomputed(parallel.recompute) == 0:
         gathered = layers * layer.gathered_kv
     logits = tied_gradient = 0.0
@@ -145,7 +145,8 @@ def stage_memory(
         kept += layers / chunk_layers * layer.layer_input
     if last:
         # The final norm: its input, its output and one fp32 a row.
-        kept += own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
+        final = own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
+        kept += final
         # A depth keeps its layer, its embedding, both joined, and its own final norm and softmax.
         depth = layer.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
         softmax = 4 * own_tokens(config) * padded_vocab / parallel.tensor_size
@@ -158,7 +159,7 @@ def stage_memory(
         # The output layer's part of the gradient waits for that of the embedding.
         tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
     in_layer = recomputed + max(_mlp_backward_bytes(config), _attention_bytes(config, pooled, workspace))
-    in_layer += tied_gradient
+    in_layer = max(0.0, in_layer + tied_gradient - final)
     optimizer_step = 4 * here / shards  # the square roots of the second moments, all at once
     moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
     moment = max(moments, key=lambda name: moments[name])
@@ -208,22 +209,36 @@ def _pooled_keys_bytes(config: TrainConfig) -> float:
 
 
 def _mlp_backward_bytes(config: TrainConfig) -> float:
-    """Return the gradients inside the MLP, its input gathered by sequence parallelism, and one of weights."""
-    model, tensor_size = config.model, config.parallel.tensor_size
-    t, e = own_tokens(config), element_bytes(config)
-    inside = 5 * model.ffn_hidden_size / tensor_size + model.hidden_size + 2 * residual_width(config)
-    return e * (t * inside + 2 * model.hidden_size * model.ffn_hidden_size / tensor_size)
+    """Return what the backward pass of an MLP needs at most beyond what its layer keeps.
+
+    That is the gradient of the residual stream, and the largest of: gradients of the down projection, of the
+    two factors of SwiGLU, and of the up projections when half of what the MLP kept is already free.
+    """
+    model, parallel, e, t = config.model, config.parallel, element_bytes(config), own_tokens(config)
+    inner = t * e * model.ffn_hidden_size / parallel.tensor_size
+    weight = e * model.hidden_size * model.ffn_hidden_size / parallel.tensor_size
+    whole = t * e * model.hidden_size if parallel.sequence_parallel else 0.0  # gathered
+    down = inner + weight + whole
+    up = 2 * weight + whole + t * e * model.hidden_size - 3 * inner
+    return t * e * residual_width(config) + max(down, 2 * inner, up)
 
 
 def _attention_bytes(config: TrainConfig, pooled: float, workspace: float) -> float:
-    """Return what attention needs at once: in backward gradients and workspace, in forward pooled keys."""
+    """Return what attention needs at most beyond what its layer keeps, when the MLP holds nothing.
+
+    In backward these are gradients and workspace, in forward pooled keys and what is being gathered.
+    """
+    model, parallel = config.model, config.parallel
     q, kv = head_widths(config)
-    t, e, size = own_tokens(config), element_bytes(config), config.parallel.context_size
+    t, e, size = own_tokens(config), element_bytes(config), parallel.context_size
     # Gathered keys and values exist twice, in the order of processes and in that of tokens; so do their
     # gradients before they are scattered.
     all_kv = e * t * size * 2 * kv
-    backward = e * t * 2 * q + all_kv * (2 if size > 1 else 1) + workspace
-    return max(backward, pooled + (all_kv if size > 1 else 0.0))
+    residual = t * e * residual_width(config)
+    backward = residual + e * t * 2 * q + all_kv * (2 if size > 1 else 1) + workspace
+    forward = pooled + (all_kv if size > 1 else 0.0)
+    of_mlp = t * e * 5 * model.ffn_hidden_size / parallel.tensor_size + 2 * residual
+    return max(backward, forward) - of_mlp
 
 
 def _output_gradient_bytes(config: TrainConfig, padded_vocab: int) -> float:

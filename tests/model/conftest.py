@@ -80,7 +80,7 @@ class _KeepsWhatTheKernelsKeep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, grad.new_zeros(ctx.shape), grad.new_zeros(ctx.shape), None
+        return grad.clone(), grad.new_zeros(ctx.shape), grad.new_zeros(ctx.shape), None
 
 
 @pytest.fixture
