@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.schema import Dtype, KernelImpl, Recompute
 from phsa_megatron.model.factory import build_model
+from phsa_megatron.training.optimizer import build_parts
 
 _GIB = 1 << 30
 _SEQ_LEN_TOKENS = 512
@@ -24,10 +26,10 @@ class LiveBytes(TorchDispatchMode):
         peak_bytes: the most that lived at once, weights left out.
     """
 
-    def __init__(self, model):
+    def __init__(self, known):
         super().__init__()
         self.peak_bytes, self._now = 0, 0
-        self._known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._known = {p.untyped_storage()._cdata for p in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -87,7 +89,7 @@ def test_the_fullest_moment_is_as_full_as_estimated(
     for parameter in model.parameters():  # as megatron's hook does after adding it to the sums
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = micro_batch([0, _SEQ_LEN_TOKENS])
-    with LiveBytes(model) as live:
+    with LiveBytes(model.parameters()) as live:
         losses = model(
             batch.tokens,
             batch.positions,
@@ -104,3 +106,29 @@ def test_the_fullest_moment_is_as_full_as_estimated(
     # a few hundred KiB in both directions, of 6 to 54 MiB.
     assert live.peak_bytes == pytest.approx(estimated, rel=0.03)
     assert memory.moment == ("loss" if shape == "large vocabulary" else "layer")
+
+
+def test_an_optimizer_step_takes_what_is_estimated(tiny_config, single_process_groups, monkeypatch):
+    """With torch's multi-tensor Adam, which a GPU runs and a CPU would not choose by itself."""
+    config = tiny_config(
+        run__dtype=Dtype.bf16,
+        model__hidden_size=256,
+        model__ffn_hidden_size=768,
+        optim__micro_batch_sequences=1,
+        optim__global_batch_sequences=1,
+        run__train_steps=1,
+        optim__lr=1e-3,
+    )
+    parts = build_parts(config, single_process_groups)
+    for _, parameter in parts.named_parameters():
+        parameter.main_grad.fill_(1e-3)
+    parts.optimizer.step()  # allocates the moments
+    adam = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
+    masters = [p for group in parts.optimizer.param_groups for p in group["params"]]
+    (chained,) = parts.optimizer.chained_optimizers
+    moments = [value for state in chained.optimizer.state.values() for value in state.values()]
+    sums = [p.main_grad for _, p in parts.named_parameters()]
+    with LiveBytes([*masters, *moments, *sums, *(p for _, p in parts.named_parameters())]) as live:
+        parts.optimizer.step()
+    assert live.peak_bytes == pytest.approx(derive(config).memory.optimizer_step_gib * _GIB, rel=0.01)
