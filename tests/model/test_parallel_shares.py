@@ -11,12 +11,13 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phsa_megatron.config.activations import element_bytes, own_tokens
 from phsa_megatron.config.derive import derive
-from phsa_megatron.config.memory import stage_parameters
+from phsa_megatron.config.memory import chunks_in_flight, stage_parameters
 from phsa_megatron.config.planning.communication import communication
 from phsa_megatron.config.schema import AttentionKind, KernelImpl, Recompute
 from phsa_megatron.model.factory import build_model
@@ -147,3 +148,22 @@ def test_parameters_of_a_stage_are_those_of_the_built_one(tiny_config, one_of, s
     derived = derive(config)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert built == stage_parameters(config, derived.parameters, derived.padded_vocab_size, stage)
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8, 32])
+@pytest.mark.parametrize("virtual", [None, 2])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_micro_batches_in_flight_are_those_of_the_schedule(
+    tiny_config, one_of, stage, virtual, micro_batches
+):
+    """A stage warms up, and then holds one more before each backward pass frees one."""
+    config = layout(
+        tiny_config,
+        model__num_layers=8,
+        parallel__pipeline_size=4,
+        parallel__virtual_pipeline_size=virtual,
+    )
+    one_of(config, rank=stage)
+    total, _, warm_up, _ = get_pp_rank_microbatches(micro_batches, virtual or 1, 4)
+    assert total == micro_batches * (virtual or 1)
+    assert chunks_in_flight(config, micro_batches, stage) == min(warm_up + 1, total)
