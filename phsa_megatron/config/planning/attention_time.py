@@ -139,6 +139,10 @@ def attention_time(config: TrainConfig) -> AttentionTime:
         forward = rows.dense[heads, "fwd"].at(length, _SQUARE)
         both = rows.dense[heads, "fwd_bwd"].at(length, _SQUARE)
         return AttentionTime(scale * forward, scale * (both - forward), 0.0, tuple(notes))
+    if attention.kind != AttentionKind.phsa:
+        raise ConfigError(
+            f"attention.kind={attention.kind}: only phsa and dense have measured times; plan one of them"
+        )
     if attention.impl == KernelImpl.reference:
         raise ConfigError(
             "attention.impl=reference: only the Triton kernels have measured times; set attention.impl=triton"

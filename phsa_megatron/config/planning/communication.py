@@ -78,7 +78,7 @@ def communication(config: TrainConfig, parameters: ParameterCount, padded_vocab:
     recomputes = parallel.recompute != Recompute.none
     volume = context_volume(config)
     in_context = (context, tensor)
-    keys = volume.boundary_keys_bytes + volume.pooled_keys_bytes
+    keys = volume.forward_bytes - volume.keys_and_values_bytes
     runs = layers * (1 + recomputes)
     copies = data * context
     # The last stage is the fullest but for an embedding at the first: count what both may hold.

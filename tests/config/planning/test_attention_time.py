@@ -122,6 +122,11 @@ def test_the_reference_has_no_times(large):
         attention_time(large(attention__impl=KernelImpl.reference))
 
 
+def test_another_kind_of_attention_has_no_times(large):
+    with pytest.raises(ConfigError, match="attention.kind=window: only phsa and dense"):
+        attention_time(large(attention__kind="window"))
+
+
 @pytest.mark.parametrize("row", [r for r in MEASURED if r["stage"] == "module" and r["pass"] == "fwd_bwd"])
 def test_kernel_workspace_is_what_was_measured(large, row):
     """Within a twentieth or half a MiB, the rows' own rounding; dense without its results, which are q, k, v
