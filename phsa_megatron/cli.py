@@ -226,6 +226,17 @@ def _validate(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from phsa_megatron.config.planning import command
+
+    parser = _parser("plan", command.description())
+    _add_overrides(parser)
+    command.add_arguments(parser)
+    return command.main(parser.parse_intermixed_args(argv), Console())
+
+
 def _recipes(argv: list[str]) -> int:
     parser = _parser("recipes", "List the recipes and the files of every group.")
     parser.add_argument(
@@ -244,6 +255,7 @@ def _recipes(argv: list[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "explain": Command("what a setting is, who set it, what follows from it", _explain),
     "validate": Command("check a run and print its derived numbers", _validate),
+    "plan": Command("predict memory and speed of a run's layouts on a cluster, and choose one", _plan),
     "recipes": Command("list recipes and groups", _recipes),
     "prepare-demo": Command(
         "make the demo's tokenizer and data sets", _elsewhere("phsa_megatron.data.commands", "prepare_demo")

@@ -38,7 +38,7 @@ class Derived:
         flops_per_token_selected: the latter per token.
         sparsity_last_token_frac: share of a full-length document that its last query leaves out, in training.
         sparsity_mean_frac: share of its causal (query, key) pairs left out, in training.
-        memory: rough estimate for one device.
+        memory: estimate for the fullest device.
     """
 
     world_size: int
@@ -85,13 +85,23 @@ def pipeline_chunks(config: TrainConfig) -> int:
     return config.parallel.pipeline_size * (config.parallel.virtual_pipeline_size or 1)
 
 
+def data_parallel_size(config: TrainConfig) -> int:
+    """Return the copies of the model (DP)."""
+    return world_size(config) // model_parallel_size(config)
+
+
+def micro_batches_per_step(config: TrainConfig) -> int:
+    """Return the forward passes of each process in one step."""
+    optim = config.optim
+    return optim.global_batch_sequences // (optim.micro_batch_sequences * data_parallel_size(config))
+
+
 def derive(config: TrainConfig) -> Derived:
     """Compute all derived values of a configuration that `validate.validate` accepts."""
     model, attention, optim = config.model, config.attention, config.optim
-    processes = world_size(config)
-    data_parallel = processes // model_parallel_size(config)
+    processes, data_parallel = world_size(config), data_parallel_size(config)
     padded_vocab = flops.padded_vocab_size(model, config.parallel.tensor_size)
-    micro_batches = optim.global_batch_sequences // (optim.micro_batch_sequences * data_parallel)
+    micro_batches = micro_batches_per_step(config)
     length = config.data.seq_len_tokens
     parameters = flops.count_parameters(model, padded_vocab)
     dense = flops.train_flops_per_sequence(length, model, parameters, None)

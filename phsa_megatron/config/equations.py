@@ -109,9 +109,10 @@ def _flops(config: TrainConfig, derived: Derived) -> list[str]:
 def _memory(config: TrainConfig, derived: Derived) -> list[str]:
     memory, limit = derived.memory, config.cluster.memory_gib
     line = (
-        f"memory of a device, rough = weights {memory.weights_gib:.2f} + gradients {memory.grads_gib:.2f} + "
-        f"optimizer {memory.optimizer_gib:.2f} + activations {memory.activations_gib:.2f} + logits "
-        f"{memory.logits_gib:.2f} = {memory.total_gib:.2f} GiB"
+        f"memory of a device, estimated = weights {memory.weights_gib:.2f} + gradients "
+        f"{memory.grads_gib:.2f} + optimizer {memory.optimizer_gib:.2f} + activations "
+        f"{memory.activations_gib:.2f} + gathered keys and values {memory.gathered_kv_gib:.2f} + working at "
+        f"the {memory.moment} {memory.working_gib:.2f} = {memory.total_gib:.2f} GiB"
     )
     if limit is not None:
         line += f" of {limit:g} GiB" + (": MORE THAN THERE IS" if memory.total_gib > limit else "")

@@ -1,35 +1,66 @@
-"""A rough estimate of one device's memory in training: enough to see early that a run cannot fit."""
+"""One device's memory in training, by what takes it and by the moment of the step when it is fullest.
+
+Three moments compete on top of weights, gradients and optimizer state: the loss (all activations and the
+logits), the backward pass of a layer (activations, what is recomputed, gradients and kernel workspace), and
+the optimizer's step (its temporaries). Workspace of the attention kernels is fitted to measured rows, and a
+test holds it to them. Allocator overhead, the CUDA context and NCCL's buffers come on top.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phsa_megatron.config.flops import ParameterCount, is_dense
-from phsa_megatron.config.schema import Dtype, KernelImpl, Recompute, TrainConfig
+from phsa_megatron.config.activations import (
+    element_bytes,
+    head_widths,
+    layer_activations,
+    own_tokens,
+    residual_width,
+)
+from phsa_megatron.config.flops import ParameterCount, layer_product_weights
+from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, TrainConfig
 
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of the fullest device, in GiB.
+    """Memory of the fullest device at its fullest moment, in GiB.
+
+    `total_gib` is the sum of the first six; what follows it says what they are made of.
 
     Attributes:
         weights_gib: weights in the run's dtype.
         grads_gib: fp32 gradient sums.
-        optimizer_gib: Adam's two moments, and fp32 master weights for bf16.
-        activations_gib: what the backward pass needs, without the logits, with the keys and values that
-            context parallelism gathers. Rough.
-        logits_gib: logits of one micro-batch in fp32 with their gradient.
-        total_gib: the sum; allocator overhead and communication buffers come on top.
+        optimizer_gib: Adam's two moments, and fp32 master weights for bf16; sharded over data- and
+            context-parallel processes by the distributed optimizer.
+        activations_gib: what stays from forward to backward of all micro-batches in flight.
+        gathered_kv_gib: of these, keys and values that context parallelism gathered.
+        working_gib: the most that is needed besides, at `moment`.
+        total_gib: the sum.
+        logits_gib: of the loss: logits of one micro-batch and their fp32 softmax.
+        recomputed_gib: of a layer's backward pass: what recomputation makes again.
+        pooled_keys_gib: of a layer's forward pass: pooled keys of all blocks, with the copies of a gather.
+        kernel_workspace_gib: of a layer's backward pass: workspace of the attention kernels.
+        optimizer_step_gib: temporaries of the optimizer's step.
+        moment: loss, layer or optimizer.
+        pipeline_stage: the fullest stage.
     """
 
     weights_gib: float
     grads_gib: float
     optimizer_gib: float
     activations_gib: float
-    logits_gib: float
+    gathered_kv_gib: float
+    working_gib: float
     total_gib: float
+    logits_gib: float
+    recomputed_gib: float
+    pooled_keys_gib: float
+    kernel_workspace_gib: float
+    optimizer_step_gib: float
+    moment: str
+    pipeline_stage: int
 
 
 def estimate_memory(
@@ -39,59 +70,179 @@ def estimate_memory(
     data_parallel: int,
     micro_batches: int,
 ) -> MemoryEstimate:
-    """Return the estimate for the fullest pipeline stage, the one that holds embedding or output layer."""
-    parallel, model = config.parallel, config.model
-    element = 2 if config.run.dtype == Dtype.bf16 else 4
-    layers_here = -(-model.num_layers // parallel.pipeline_size)
-    parameters_here = layers_here * parameters.per_layer + parameters.embedding + parameters.mtp
-    if parallel.pipeline_size == 1:
-        parameters_here += parameters.output_layer
-    here = parameters_here / parallel.tensor_size
-    # fp32 training updates the weights themselves; bf16 training keeps fp32 masters beside the two moments.
-    optimizer_bytes = (12 if config.run.dtype == Dtype.bf16 else 8) * here
-    if parallel.distributed_optimizer:
-        optimizer_bytes /= data_parallel * parallel.context_size
-    tokens = config.optim.micro_batch_sequences * config.data.seq_len_tokens // parallel.context_size
-    in_flight = min(parallel.pipeline_size, micro_batches)
-    activations = _activation_bytes(config, tokens, layers_here, element) * in_flight
-    logits = tokens * padded_vocab / parallel.tensor_size * (element + 2 * 4)
-    weights, grads = element * here, 4 * here
+    """Return the memory of the fullest pipeline stage."""
+    # In the middle, stages hold no embedding and no loss, and fewer micro-batches than the one before.
+    stages = sorted({0, min(1, config.parallel.pipeline_size - 1), config.parallel.pipeline_size - 1})
+    estimates = [
+        stage_memory(config, parameters, padded_vocab, data_parallel, micro_batches, stage)
+        for stage in stages
+    ]
+    return max(estimates, key=lambda estimate: estimate.total_gib)
+
+
+def stage_parameters(config: TrainConfig, parameters: ParameterCount, padded_vocab: int, stage: int) -> float:
+    """Return the parameters that one process of a pipeline stage holds.
+
+    Matrices are cut over tensor-parallel processes and norms are not. With several stages the last has a
+    copy of a tied embedding, and of any embedding for multi-token prediction.
+    """
+    model, parallel = config.model, config.parallel
+    products = layer_product_weights(model)
+    layers = model.num_layers / parallel.pipeline_size
+    local = layers * (products / parallel.tensor_size + parameters.per_layer - products)
+    embedding = padded_vocab * model.hidden_size / parallel.tensor_size
+    last = parallel.pipeline_size - 1
+    if stage == 0:
+        local += embedding
+    if stage == last:
+        depth_products = model.mtp_num_layers * (products + 2 * model.hidden_size**2)
+        local += model.hidden_size + depth_products / parallel.tensor_size + parameters.mtp - depth_products
+        local += 0 if model.tie_embeddings else embedding
+        if last > 0 and (model.tie_embeddings or model.mtp_num_layers):
+            local += embedding
+    return local
+
+
+def optimizer_bytes_per_parameter(config: TrainConfig) -> int:
+    """Return the bytes of Adam's state: two fp32 moments, and fp32 masters unless the weights are fp32."""
+    return 12 if config.run.dtype == Dtype.bf16 else 8
+
+
+def chunks_in_flight(config: TrainConfig, micro_batches: int, stage: int) -> int:
+    """Return how many (micro-batch, model chunk) pairs a stage holds at most between forward and backward.
+
+    megatron's schedules: one forward, one backward after a warm-up; interleaved with virtual stages.
+    """
+    size, virtual = config.parallel.pipeline_size, config.parallel.virtual_pipeline_size
+    if virtual is None:
+        return min(size - stage, micro_batches)
+    warm_up = 2 * (size - stage - 1) + (virtual - 1) * size
+    return min(warm_up + 1, micro_batches * virtual)
+
+
+def stage_memory(
+    config: TrainConfig,
+    parameters: ParameterCount,
+    padded_vocab: int,
+    data_parallel: int,
+    micro_batches: int,
+    stage: int,
+) -> MemoryEstimate:
+    """Return the memory of one pipeline stage; see `estimate_memory`."""
+    parallel, model, e = config.parallel, config.model, element_bytes(config)
+    here = stage_parameters(config, parameters, padded_vocab, stage)
+    shards = data_parallel * parallel.context_size if parallel.distributed_optimizer else 1
+    layer = layer_activations(config)
+    last = stage == parallel.pipeline_size - 1
+    chunk_layers = model.num_layers / (parallel.pipeline_size * (parallel.virtual_pipeline_size or 1))
+    layers = chunks_in_flight(config, micro_batches, stage) * chunk_layers
+    kept, gathered, final = layers * layer.kept(parallel.recompute), 0.0, 0.0
+    if layer.recomputed(parallel.recompute) == 0:
+        gathered = layers * layer.gathered_kv
+    logits = tied_gradient = 0.0
+    if not last:
+        # What a stage sends stays until its gradient arrives.
+        kept += layers / chunk_layers * layer.layer_input
+    if last:
+        # The final norm: its input, its output and one fp32 a row.
+        final = own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
+        kept += final
+        # A depth keeps its layer, its embedding, both joined, and its own final norm and softmax.
+        depth = layer.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
+        softmax = 4 * own_tokens(config) * padded_vocab / parallel.tensor_size
+        kept += model.mtp_num_layers * (depth + softmax)
+        logits = softmax + own_tokens(config) * padded_vocab / parallel.tensor_size * e
+    pooled, workspace = _pooled_keys_bytes(config), kernel_workspace_bytes(config)
+    recomputed = layer.recomputed(parallel.recompute)
+    loss = max(logits, logits / (4 + e) * e + _output_gradient_bytes(config, padded_vocab)) if last else 0.0
+    if last and stage == 0 and model.tie_embeddings:
+        # The output layer's part of the gradient waits for that of the embedding.
+        tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
+    in_layer = recomputed + max(_mlp_backward_bytes(config), _attention_bytes(config, pooled, workspace))
+    in_layer = max(0.0, in_layer + tied_gradient - final)
+    optimizer_step = 4 * here / shards  # the square roots of the second moments, all at once
+    moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
+    moment = max(moments, key=lambda name: moments[name])
+    fixed = (e * here, 4 * here, optimizer_bytes_per_parameter(config) * here / shards)
     return MemoryEstimate(
-        weights_gib=weights / _GIB,
-        grads_gib=grads / _GIB,
-        optimizer_gib=optimizer_bytes / _GIB,
-        activations_gib=activations / _GIB,
+        weights_gib=fixed[0] / _GIB,
+        grads_gib=fixed[1] / _GIB,
+        optimizer_gib=fixed[2] / _GIB,
+        activations_gib=kept / _GIB,
+        gathered_kv_gib=gathered / _GIB,
+        working_gib=moments[moment] / _GIB,
+        total_gib=(sum(fixed) + kept + gathered + moments[moment]) / _GIB,
         logits_gib=logits / _GIB,
-        total_gib=(weights + grads + optimizer_bytes + activations + logits) / _GIB,
+        recomputed_gib=recomputed / _GIB,
+        pooled_keys_gib=pooled / _GIB,
+        kernel_workspace_gib=workspace / _GIB,
+        optimizer_step_gib=optimizer_step / _GIB,
+        moment=moment,
+        pipeline_stage=stage,
     )
 
 
-def _activation_bytes(config: TrainConfig, tokens: int, layers: int, element: int) -> float:
-    """Return the bytes kept for the backward pass of one micro-batch on one device."""
-    model, tensor_size = config.model, config.parallel.tensor_size
-    q_width = model.num_query_heads * model.head_dim
-    kv_width = model.num_kv_heads * model.head_dim
-    # Inputs of both norms and of the matrices after them, then q, k (before norm, before and after RoPE), v,
-    # the attention output, and gate, up and their product.
-    residual = 4 * model.hidden_size / (tensor_size if config.parallel.sequence_parallel else 1)
-    inside = (3 * (q_width + kv_width) + kv_width + q_width + 3 * model.ffn_hidden_size) / tensor_size
-    # Context parallelism keeps all processes' keys and values, gathered.
-    context_size = config.parallel.context_size
-    gathered = 2 * kv_width / tensor_size * context_size if context_size > 1 else 0
-    per_layer = tokens * element * (residual + inside + gathered)
-    core = _core_attention_bytes(config, tokens) / tensor_size
-    match config.parallel.recompute:
-        case Recompute.none:
-            return layers * (per_layer + core)
-        case Recompute.selective:
-            return layers * per_layer + core
-        case Recompute.full:
-            return layers * tokens * element * model.hidden_size + per_layer + core
+def kernel_workspace_bytes(config: TrainConfig) -> float:
+    """Return what the backward pass of the attention kernels takes beyond its results.
 
-
-def _core_attention_bytes(config: TrainConfig, tokens: int) -> float:
-    """Return what the core attention keeps: fp32 scores and probabilities in the reference, else little."""
-    length = config.data.seq_len_tokens
-    if config.attention.impl != KernelImpl.reference or is_dense(length, config.attention):
+    Fitted to the committed rows of an H100 (bf16, D = 128), where it is proportional to tokens and heads: a
+    test holds it to them. The CPU reference works in chunks and is left out.
+    """
+    model, attention = config.model, config.attention
+    tokens, group = own_tokens(config), model.num_query_heads / model.num_kv_heads
+    kv_heads = model.num_kv_heads / config.parallel.tensor_size
+    if attention.kind == AttentionKind.dense:
+        # cuDNN: fp32 gradients of queries, and gradients of keys and values for every query head.
+        return tokens * kv_heads * group * (8 * model.head_dim + 4)
+    if attention.impl == KernelImpl.reference:
         return 0.0
-    return 2 * 4 * config.model.num_query_heads * tokens * (length + 1) / 2
+    return tokens * kv_heads * (2 * model.head_dim + 6 + 8 * group + 20 * attention.train_topk)
+
+
+def _pooled_keys_bytes(config: TrainConfig) -> float:
+    """Return the pooled keys of all blocks of a micro-batch; gathering makes three copies more."""
+    if config.attention.kind == AttentionKind.dense:
+        return 0.0
+    blocks = config.optim.micro_batch_sequences * config.data.seq_len_tokens // config.attention.block_tokens
+    copies = 4 if config.parallel.context_size > 1 else 1
+    return blocks * head_widths(config)[1] * element_bytes(config) * copies
+
+
+def _mlp_backward_bytes(config: TrainConfig) -> float:
+    """Return what the backward pass of an MLP needs at most beyond what its layer keeps.
+
+    That is the gradient of the residual stream, and the largest of: gradients of the down projection, of the
+    two factors of SwiGLU, and of the up projections when half of what the MLP kept is already free.
+    """
+    model, parallel, e, t = config.model, config.parallel, element_bytes(config), own_tokens(config)
+    inner = t * e * model.ffn_hidden_size / parallel.tensor_size
+    weight = e * model.hidden_size * model.ffn_hidden_size / parallel.tensor_size
+    whole = t * e * model.hidden_size if parallel.sequence_parallel else 0.0  # gathered
+    down = inner + weight + whole
+    up = 2 * weight + whole + t * e * model.hidden_size - 3 * inner
+    return t * e * residual_width(config) + max(down, 2 * inner, up)
+
+
+def _attention_bytes(config: TrainConfig, pooled: float, workspace: float) -> float:
+    """Return what attention needs at most beyond what its layer keeps, when the MLP holds nothing.
+
+    In backward these are gradients and workspace, in forward pooled keys and what is being gathered.
+    """
+    model, parallel = config.model, config.parallel
+    q, kv = head_widths(config)
+    t, e, size = own_tokens(config), element_bytes(config), parallel.context_size
+    # Gathered keys and values exist twice, in the order of processes and in that of tokens; so do their
+    # gradients before they are scattered.
+    all_kv = e * t * size * 2 * kv
+    residual = t * e * residual_width(config)
+    backward = residual + e * t * 2 * q + all_kv * (2 if size > 1 else 1) + workspace
+    forward = pooled + (all_kv if size > 1 else 0.0)
+    of_mlp = t * e * 5 * model.ffn_hidden_size / parallel.tensor_size + 2 * residual
+    return max(backward, forward) - of_mlp
+
+
+def _output_gradient_bytes(config: TrainConfig, padded_vocab: int) -> float:
+    """Return the gradient of the output weight before it is added to its fp32 sum, and of its input."""
+    hidden = config.model.hidden_size
+    weight = padded_vocab * hidden / config.parallel.tensor_size
+    return element_bytes(config) * (weight + own_tokens(config) * hidden)

@@ -156,7 +156,7 @@ def test_the_overview_names_every_command(capsys):
         assert all(name in out for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["explain", "validate", "recipes"])
+@pytest.mark.parametrize("command", ["explain", "validate", "plan", "recipes"])
 def test_commands_of_this_room_have_help(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
@@ -207,12 +207,13 @@ def test_login_node_commands_load_neither_torch_nor_numpy():
 import importlib, pkgutil, sys
 import phsa_megatron.config, phsa_launch
 for package in (phsa_megatron.config, phsa_launch):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 from phsa_megatron import cli
 assert cli.main(["validate", "recipe=phsa_demo_cpu"]) == 0
 assert cli.main(["explain", "optim.lr", "recipe=phsa_demo_cpu"]) == 0
-heavy = {"torch", "numpy", "megatron", "triton", "phsa_kernels"} & set(sys.modules)
+assert cli.main(["plan", "recipe=phsa_8b_pretrain_8gpu_h100_bf16_32k"]) == 0
+heavy = {"torch", "numpy", "matplotlib", "megatron", "triton", "phsa_kernels"} & set(sys.modules)
 assert not heavy, heavy
 assert "phsa_megatron.config.explain" in sys.modules
 """

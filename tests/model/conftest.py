@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from phsa_megatron.attention import context_parallel, core_attention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig
+from phsa_megatron.model.norm import RMSNorm
 
 TABLE = PunctuationTable.build(
     ["." if token % 7 == 0 else "a" for token in range(100)], PunctuationMatch.exact, PunctuationLanguage.en
@@ -46,3 +48,96 @@ def micro_batch() -> Callable[..., MicroBatch]:
         return MicroBatch(tokens, torch.tensor(bounds, dtype=torch.int32))
 
     return build
+
+
+class _KeepsItsInput(torch.autograd.Function):
+    """Keeps what torch's RMSNorm keeps on a GPU: its input and one fp32 a row. On a CPU it is a chain of
+    operations, which keep more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, torch.ones(x.shape[:-1]))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _KeepsWhatTheKernelsKeep(torch.autograd.Function):
+    """Keeps tensors of the shapes that `phsa_kernels.ops._save` keeps (`attend/launch.py:saved_shapes`)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, topk):
+        num_tokens, num_kv_heads = len(q), k.shape[1]
+        out, lse = torch.zeros_like(q), torch.zeros(num_tokens, q.shape[1])
+        ids = torch.zeros(num_tokens, num_kv_heads, topk, dtype=torch.int32)
+        rows = torch.zeros(6, num_tokens, dtype=torch.int32)
+        union = torch.zeros(num_tokens * num_kv_heads * topk * 2, dtype=torch.int32)
+        ctx.save_for_backward(q, k, v, ids, out, lse, rows, union)
+        ctx.shape = k.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), grad.new_zeros(ctx.shape), grad.new_zeros(ctx.shape), None
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> None:
+    """Norms and PHSA's attention keep what they keep on a GPU; attention returns zeros."""
+
+    def attention(q, k, v, *_, topk, **__):
+        return _KeepsWhatTheKernelsKeep.apply(q, k, v, topk), None, None
+
+    def attend(q, k, v, ids, *_, **__):
+        return _KeepsWhatTheKernelsKeep.apply(q, k, v, ids.shape[2]), None
+
+    def select(q, pooled, *_, topk, **__):
+        return torch.zeros(len(q), pooled.shape[1], topk, dtype=torch.int32)
+
+    def pool(k, weights, cu_seqlens, *, block_tokens, **__):
+        return k.new_zeros(len(k) // block_tokens, k.shape[1], 1, k.shape[2])
+
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: _KeepsItsInput.apply(x))
+    monkeypatch.setattr(core_attention, "phsa_attention", attention)
+    monkeypatch.setattr(core_attention, "attend", attend)
+    monkeypatch.setattr(core_attention, "select", select)
+    monkeypatch.setattr(context_parallel, "pool", pool)
+
+
+@dataclass
+class Pass:
+    """A forward pass: the loss of every token, and what is kept for the backward pass."""
+
+    losses: Tensor
+    kept_bytes: int
+
+
+@pytest.fixture
+def forward(as_on_a_gpu) -> Callable[..., Pass]:
+    """Returns `forward(model, micro_batch, config, part)`; `part` cuts [b, S] for a context-parallel process.
+
+    Bytes are those of all storages that autograd keeps, weights left out.
+    """
+
+    def run(model, batch: MicroBatch, config: TrainConfig, part=lambda rows: rows) -> Pass:
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = model(
+                part(batch.tokens),
+                part(batch.positions),
+                None,
+                labels=part(batch.tokens),
+                loss_mask=part(torch.ones(batch.tokens.shape)),
+                packed_seq_params=batch.side_info(config),
+            )
+        return Pass(losses, sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights))
+
+    return run

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from phsa_megatron.config.derive import derive
+from phsa_megatron.config.memory import optimizer_bytes_per_parameter
 from phsa_megatron.config.schema import LrSchedule
 from phsa_megatron.training import group_step_adam
 from phsa_megatron.training.optimizer import build_parts, set_hyperparameters
@@ -112,3 +114,26 @@ def test_names_are_those_of_the_bare_model(tiny_config, open_groups):
     (module,) = parts.modules
     assert [name for name, _ in parts.named_parameters()] == [name for name, _ in module.named_parameters()]
     assert type(module).__name__ == "GPTModel"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_optimizer_state_takes_the_bytes_that_the_memory_estimate_counts(tiny_config, open_groups, dtype):
+    """Two moments and, in bf16, master weights; the masters of fp32 weights are the weights themselves."""
+    config = tiny_config(**{"run.dtype": dtype})
+    parts = build_parts(config, open_groups(config))
+    for _, parameter in parts.named_parameters():
+        parameter.main_grad.fill_(1e-3)
+    parts.optimizer.step()
+    weights = {p.untyped_storage().data_ptr() for _, p in parts.named_parameters()}
+    (chained,) = parts.optimizer.chained_optimizers
+    masters = [p for group in chained.optimizer.param_groups for p in group["params"]]
+    state = [chained.optimizer.state[p][name] for p in masters for name in ("exp_avg", "exp_avg_sq")]
+    own = [t for t in (*masters, *state) if t.untyped_storage().data_ptr() not in weights]
+    num_bytes = sum(t.numel() * t.element_size() for t in own)
+    num_parameters = sum(p.numel() for _, p in parts.named_parameters())
+    assert num_bytes == optimizer_bytes_per_parameter(config) * num_parameters
+    assert num_bytes / 2**30 == derive(config).memory.optimizer_gib
+    buffers = [buffer for chunk in parts.model for buffer in chunk.buffers]
+    sums = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers)
+    # Buffers are padded so that they cut evenly.
+    assert 4 * num_parameters <= sums <= 4 * num_parameters * 1.05

@@ -1,0 +1,111 @@
+"""The plan's prediction beside measured runs: peak memory and time of a step.
+
+Nothing in the plan is fitted to these rows. A file holds a list of rows like
+
+    {"recipe": "phsa_0p6b_pretrain_8gpu_h100_bf16_4k", "overrides": ["cluster=local_gpu"], "device": "...",
+     "step_time_s": 1.23, "peak_memory_gib": 45.6}
+
+`step_time_s` is the median time of a step and `peak_memory_gib` the largest of any process, as the metrics
+`perf/step_time_s` and `memory/peak_gib` report them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.planning.machine import Machine
+from phsa_megatron.config.planning.run_to_plan import run_to_plan
+from phsa_megatron.config.planning.search import Estimator
+
+TOLERANCE_FRAC = 0.15
+"""How far a prediction may be from its row."""
+_COLUMNS = ("recipe", "overrides", "device", "step_time_s", "peak_memory_gib")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measured run and its prediction.
+
+    Attributes:
+        name: recipe and overrides.
+        predicted_step_s: by the step-time model.
+        measured_step_s: of the row.
+        predicted_gib: by the memory model, without the reserve.
+        measured_gib: of the row.
+    """
+
+    name: str
+    predicted_step_s: float
+    measured_step_s: float
+    predicted_gib: float
+    measured_gib: float
+
+    @property
+    def step_error_frac(self) -> float:
+        """Return the distance of the predicted time; positive is too slow a prediction."""
+        return self.predicted_step_s / self.measured_step_s - 1
+
+    @property
+    def memory_error_frac(self) -> float:
+        """Return the distance of the predicted memory; positive is too much predicted."""
+        return self.predicted_gib / self.measured_gib - 1
+
+    @property
+    def within(self) -> bool:
+        """Return whether both are within the tolerance."""
+        return max(abs(self.step_error_frac), abs(self.memory_error_frac)) <= TOLERANCE_FRAC
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file.
+
+    Raises:
+        ConfigError: the file is missing, or a row lacks a column.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--compare {path}: no such file")
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        missing = [column for column in _COLUMNS if column not in row]
+        if missing:
+            raise ConfigError(f"{path}: a row lacks {', '.join(missing)}; a row has {', '.join(_COLUMNS)}")
+    return rows
+
+
+def compare(row: dict[str, Any]) -> Comparison:
+    """Return a row's measured values with the plan's prediction for the same settings."""
+    arguments = [f"recipe={row['recipe']}", *row["overrides"]]
+    config = run_to_plan(arguments)
+    estimate = Estimator(config, Machine.of(config)).estimate(config)
+    return Comparison(
+        name=" ".join([row["recipe"], *row["overrides"]]),
+        predicted_step_s=estimate.time.step_s,
+        measured_step_s=row["step_time_s"],
+        predicted_gib=estimate.memory.total_gib,
+        measured_gib=row["peak_memory_gib"],
+    )
+
+
+def comparison_table(comparisons: list[Comparison]) -> Table:
+    """Return predictions and measurements side by side."""
+    table = Table(title=f"prediction and measurement, tolerance {TOLERANCE_FRAC:.0%}", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in ("s/step", "measured", "off by", "GiB", "measured", "off by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in comparisons:
+        table.add_row(
+            one.name,
+            f"{one.predicted_step_s:.3f}",
+            f"{one.measured_step_s:.3f}",
+            f"{one.step_error_frac:+.1%}",
+            f"{one.predicted_gib:.2f}",
+            f"{one.measured_gib:.2f}",
+            f"{one.memory_error_frac:+.1%}",
+        )
+    return table

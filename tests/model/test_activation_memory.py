@@ -1,0 +1,63 @@
+"""The memory formulas against a built model: parameters, and what autograd keeps in each recompute mode."""
+
+from __future__ import annotations
+
+import pytest
+
+from phsa_megatron.config.activations import element_bytes, own_tokens
+from phsa_megatron.config.derive import derive
+from phsa_megatron.config.memory import stage_parameters
+from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, Recompute
+from phsa_megatron.model.factory import build_model
+
+_GIB = 1 << 30
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("kind", list(AttentionKind))
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_activations_are_what_autograd_keeps(
+    tiny_config, single_process_groups, micro_batch, forward, dtype, kind, recompute, rows, qk_norm
+):
+    config = tiny_config(
+        run__dtype=dtype,
+        attention__kind=kind,
+        attention__impl=KernelImpl.triton,
+        parallel__recompute=recompute,
+        model__qk_norm=qk_norm,
+        optim__micro_batch_sequences=rows,
+        optim__global_batch_sequences=rows,
+        run__train_steps=1,
+        optim__lr=1e-3,
+    )
+    (model,) = build_model(config, single_process_groups)
+    kept = forward(model, micro_batch([64 * i for i in range(rows + 1)], rows=rows), config).kept_bytes
+    memory, tokens = derive(config).memory, own_tokens(config)
+    softmax = memory.logits_gib * 4 / (4 + element_bytes(config))
+    # Token ids, labels and their mask; with full recomputation the RoPE table, with selective its random
+    # state.
+    indices = 17 * tokens
+    extra = {Recompute.none: 0, Recompute.selective: 2 * 4, Recompute.full: 64 * 8 * 4}[recompute]
+    assert kept == pytest.approx((memory.activations_gib + softmax) * _GIB + indices + extra, rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_parameters_are_those_of_the_built_model(tiny_config, single_process_groups, tied, mtp):
+    config = tiny_config(
+        model__tie_embeddings=tied,
+        model__mtp_num_layers=mtp,
+        optim__micro_batch_sequences=1,
+        optim__global_batch_sequences=1,
+        run__train_steps=1,
+        optim__lr=1e-3,
+    )
+    (model,) = build_model(config, single_process_groups)
+    built = sum(parameter.numel() for parameter in model.parameters())
+    derived = derive(config)
+    assert derived.parameters.total == built
+    assert stage_parameters(config, derived.parameters, derived.padded_vocab_size, 0) == built
+    memory = derived.memory
+    assert memory.weights_gib * _GIB == memory.grads_gib * _GIB == 4 * built
