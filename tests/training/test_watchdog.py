@@ -1,0 +1,125 @@
+"""Real processes that hang, die and wait for each other: who it was has a name, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+
+import pytest
+
+from phsa_megatron.config.exit_codes import FAILED, HUNG, PEER_FAILED
+from phsa_megatron.config.schema_health import HealthConfig
+from phsa_megatron.training import watchdog
+from phsa_megatron.training.progress import Progress
+from tests.training.processes import run_processes
+
+
+@pytest.fixture
+def two(tiny_config):
+    """Two data-parallel processes with short timeouts."""
+
+    def make(**overrides):
+        settings = {
+            "cluster.processes_per_node": 2,
+            "optim.micro_batch_sequences": 1,
+            "health.heartbeat_every_s": 0.5,
+            "health.step_timeout_s": 4.0,
+            "health.data_timeout_s": 4.0,
+            "health.first_step_timeout_s": 60.0,
+        }
+        return tiny_config(**(settings | overrides))
+
+    return make
+
+
+def test_a_hung_process_is_named_and_all_leave_their_line(two):
+    ended = run_processes(two(), [0, 1], PHSA_FAULT="hang@rank=1,step=3,phase=backward")
+    assert ended.codes == [HUNG, HUNG], ended.everything()
+    host = socket.gethostname()
+    assert f"behind: rank 1 ({host}) at step 3, phase backward" in ended.stderr[0], ended.everything()
+    assert "waiting for them: ranks 0;" in ended.stderr[0]
+    assert "behind" not in ended.stderr[1], "one process tells the story"
+    (victim,), (culprit,) = ended.failures(0), ended.failures(1)
+    assert (culprit["kind"], culprit["step"], culprit["phase"]) == ("hang", 3, "backward")
+    assert not culprit["in_collective"] and "time.sleep" in "".join(culprit["stack"])
+    assert victim["collective_number"] > culprit["collective_number"]
+    assert "all_reduce #" in victim["last_collective"]
+    assert victim["rank"] == 0 and victim["host"] == host
+    beat = json.loads((ended.folder.heartbeats_dir / "rank_1.json").read_text())
+    assert {
+        "rank",
+        "host",
+        "node_rank",
+        "pid",
+        "step",
+        "phase",
+        "last_collective",
+        "time_unix_s",
+    } <= beat.keys()
+    assert (beat["rank"], beat["step"], beat["phase"]) == (1, 3, "backward")
+    faults = [json.loads(line) for line in ended.folder.faults_file.read_text().splitlines()]
+    assert [(fault["kind"], fault["rank"]) for fault in faults] == [("hang", 1)]
+
+    again = run_processes(two(), [0, 1], PHSA_FAULT="hang@rank=1,step=3,phase=backward")
+    assert again.codes == [0, 0], again.everything()  # once in a run folder; and slow is not hung
+    assert not [line for line in again.failures(0) if line["time"] > victim["time"]]
+
+
+def test_a_crash_is_one_line_and_the_other_process_does_not_wait(two, monkeypatch):
+    ended = run_processes(two(), [0, 1], PHSA_FAULT="crash@rank=1,step=2,phase=optimizer")
+    assert ended.codes[1] == FAILED and ended.codes[0] in (FAILED, PEER_FAILED), ended.everything()
+    (line,) = ended.failures(1)
+    assert (line["kind"], line["rank"], line["step"], line["phase"]) == ("crash", 1, 2, "optimizer")
+    assert line["error"] == "InjectedFaultError" and "Traceback" in line["traceback"][0]
+    assert len(ended.failures(0)) == 1
+
+
+def test_a_killed_process_does_not_leave_the_other_waiting(two):
+    ended = run_processes(two(), [0, 1], PHSA_FAULT="kill@rank=1,step=2,phase=forward")
+    assert ended.codes[1] == -signal.SIGKILL and ended.codes[0] != 0, ended.everything()
+    assert not ended.failures(1) and len(ended.failures(0)) == 1
+    assert ended.folder.faults_file.exists()
+
+
+def test_a_batch_that_never_comes_is_the_fault_of_the_process_that_has_none(two):
+    ended = run_processes(two(), [0, 1], PHSA_FAULT="hang_data@rank=1,step=3")
+    assert ended.codes == [HUNG, HUNG], ended.everything()
+    assert "behind: rank 1" in ended.stderr[0] and "waits for its own batch" in ended.stderr[0]
+
+
+def test_a_process_that_never_starts_is_named_within_a_minute(two):
+    ended = run_processes(two(**{"health.start_timeout_s": 3.0}), [0])
+    assert ended.codes == [FAILED]
+    assert "processes [1] of 2 did not start within 3 s" in ended.stderr[0], ended.everything()
+    assert "node rank 0, local rank 1" in ended.stderr[0]
+    assert ended.seconds < 60
+    (line,) = ended.failures(0)
+    assert (line["phase"], line["step"], line["error"]) == ("start", 0, "DeviceError")
+
+
+def test_without_the_watchdog_nothing_is_ended(two, tmp_path):
+    """The negative control of the hang: the same short timeouts, and a process that is only slow."""
+    config = two(**{"health.watchdog": False, "run.train_steps": 3, "optim.warmup_steps": 1})
+    ended = run_processes(config, [0, 1], PHSA_FAULT="slow@rank=1,step=2,seconds=7,phase=backward")
+    assert ended.codes == [0, 0], ended.everything()
+    assert not ended.failures(0) and not ended.failures(1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps_done", "setting"),
+    [
+        ("load", 0, "first_step_timeout_s"),
+        ("forward", 0, "first_step_timeout_s"),
+        ("data", 0, "first_step_timeout_s"),
+        ("forward", 1, "step_timeout_s"),
+        ("log", 1, "step_timeout_s"),
+        ("data", 1, "data_timeout_s"),
+        ("checkpoint", 0, "long_phase_timeout_s"),
+        ("evaluate", 1, "long_phase_timeout_s"),
+    ],
+)
+def test_each_phase_has_its_own_limit(phase, steps_done, setting):
+    health = HealthConfig()
+    progress = Progress(phase=phase, num_steps_done=steps_done)
+    assert watchdog.allowed_s(health, progress) == (setting, getattr(health, setting))
