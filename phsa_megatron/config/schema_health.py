@@ -34,8 +34,9 @@ class HealthConfig:
     """Longest time without progress in a save, an evaluation or the end of the run."""
     resiliency: Resiliency = Resiliency.none
     """nvrx also sends heartbeats to nvidia-resiliency-ext's ft_launcher; refused where it is absent."""
-    preflight_timeout_s: float = 50.0
-    """How long nodes wait for each other in the preflight; then the missing ones are named."""
+    preflight_timeout_s: float = 120.0
+    """How long nodes wait for each other in the preflight; who is missing is printed every 20 s, and at the
+    end its name is written down."""
     min_free_memory_gib: float = 1.0
     """Host memory that must be free on a node, in GiB."""
     min_free_gpu_memory_frac: float = 0.9
