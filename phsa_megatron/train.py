@@ -17,6 +17,9 @@ from phsa_megatron.config.errors import PhsaError
 from phsa_megatron.config.exit_codes import FAILED
 from phsa_megatron.config.schema import Device, TrainConfig
 
+COPY_GRACE_S = 60.0
+"""How long a process that leaves in good order waits for its local copy of the last checkpoint."""
+
 if TYPE_CHECKING:
     from phsa_megatron.training.progress import Progress
     from phsa_megatron.training.watchdog import Watchdog
@@ -51,14 +54,17 @@ def main(config_path: str | Path) -> int:
 
 def _train(config: TrainConfig, progress: Progress, rank: int, watchdog: Watchdog) -> int:
     from phsa_megatron.parallel.groups import initialize
+    from phsa_megatron.training.local_copy import wait_for_copies
     from phsa_megatron.training.loop import train
+    from phsa_megatron.training.resiliency import resilient
     from phsa_megatron.training.run import faults_of
 
     try:
         progress.faults = faults_of(config, rank)
         progress.enter("start")
-        groups = initialize(config)
-        outcome = train(config, groups, progress)
+        with resilient(config, progress):
+            groups = initialize(config)
+            outcome = train(config, groups, progress)
     except BaseException as error:
         watchdog.crashed(error)
         if not isinstance(error, PhsaError):
@@ -67,6 +73,7 @@ def _train(config: TrainConfig, progress: Progress, rank: int, watchdog: Watchdo
         # The other processes may hang in a collective: leave without waiting for them.
         return FAILED
     progress.enter("end")
+    wait_for_copies(COPY_GRACE_S)
     groups.close()
     if groups.rank == 0:
         print(outcome.reason)

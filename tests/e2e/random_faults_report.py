@@ -21,8 +21,8 @@ _PAGE = """\
 # Random faults over a run of the demo model
 
 `python tests/e2e/random_faults.py --faults {num_faults} --seed {seed}{option}`: two processes over gloo on
-two CPU cores that others used as well, a tiny shape of the demo model, saves in the background every {save_every}
-steps. Every fault, and the settings: [{name}.json]({name}.json).
+two CPU cores that others used as well, a tiny shape of the demo model, saves in the background every
+{save_every} steps. Every fault, and the settings: [{name}.json]({name}.json).
 
 {num_survived} of {num_faults} faults survived. Loss, gradient norm and zero count of all {steps} steps are
 {equal} to the uninterrupted run's, to the last bit; no step is missing, and {num_steps_run_twice} were run
