@@ -225,7 +225,7 @@ def _connect(config: TrainConfig, rank: int, world_size: int, device: torch.devi
     else:
         store = meet(rank, world_size, config.cluster.processes_per_node, config.health.start_timeout_s)
     if device.type == "cuda":
-        set_nccl_environment(RunFolder.of(config).logs_dir, longest_wait_s(config))
+        set_nccl_environment(RunFolder.of(config).logs_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def nccl_environment(logs_dir: Path, longest_wait_s: float) -> dict[str, str]:
+def nccl_environment(logs_dir: Path) -> dict[str, str]:
     """Variables for torch's NCCL process groups, each with its reason.
 
     The run's watchdog knows what a phase may take and ends a hung process first; torch's watchdog is the net
@@ -14,7 +14,6 @@ def nccl_environment(logs_dir: Path, longest_wait_s: float) -> dict[str, str]:
 
     Args:
         logs_dir: RUN/logs; traces of a timeout go there.
-        longest_wait_s: the longest time that a collective may take.
     """
     trace = str(logs_dir / "nccl_trace_rank_")
     return {
@@ -22,7 +21,8 @@ def nccl_environment(logs_dir: Path, longest_wait_s: float) -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         # The thread that looks after torch's watchdog, which a CUDA call that never returns stops as well.
         "TORCH_NCCL_ENABLE_MONITORING": "1",
-        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(longest_wait_s) + 120),
+        # Not about collectives, whose timeout is the process group's; a first CUDA call may take minutes.
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "600",
         # The last collectives of every process, written when one times out. Newer versions of torch call
         # the buffer and the file FR.
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
@@ -33,7 +33,7 @@ def nccl_environment(logs_dir: Path, longest_wait_s: float) -> dict[str, str]:
     }
 
 
-def set_nccl_environment(logs_dir: Path, longest_wait_s: float) -> None:
+def set_nccl_environment(logs_dir: Path) -> None:
     """Set the variables that are not set; before the first NCCL group."""
-    for name, value in nccl_environment(logs_dir, longest_wait_s).items():
+    for name, value in nccl_environment(logs_dir).items():
         os.environ.setdefault(name, value)

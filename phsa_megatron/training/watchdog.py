@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from phsa_megatron.config.exit_codes import HUNG, PEER_FAILED
@@ -74,6 +75,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        if self._health.watchdog:
+            self._arm_faulthandler()  # before anything can keep the thread from it
         self._thread.start()
         return self
 
@@ -81,8 +84,7 @@ class Watchdog:
         self._closing.set()
         self._thread.join(timeout=self._health.heartbeat_every_s)
         faulthandler.cancel_dump_traceback_later()
-        if self._stacks is not None:
-            self._stacks.close()
+        self._remove_empty_stacks()
 
     def crashed(self, error: BaseException) -> None:
         """Leaves the line of an exception that ends this process, and an alarm for the others."""
@@ -148,6 +150,7 @@ class Watchdog:
             message = f"rank {alarm.rank} failed ({alarm.text}), and this process waited for it"
             self._tell("peer", message, stack=failures.main_thread_stack())
             print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+            self._remove_empty_stacks()
             os._exit(PEER_FAILED)
 
     def _end_hung(self, message: str, *, raise_alarm: bool = True) -> None:
@@ -165,7 +168,15 @@ class Watchdog:
         if self._rank == min(alive, default=self._rank):
             lines += heartbeat.diagnose(beats, self._world_size, now_s, stale_after_s)
         print("\n".join(lines), file=sys.stderr, flush=True)
+        self._remove_empty_stacks()
         os._exit(HUNG)
+
+    def _remove_empty_stacks(self) -> None:
+        if self._stacks is not None:
+            with suppress(OSError):
+                path = Path(self._stacks.name)
+                if path.stat().st_size == 0:
+                    path.unlink()
 
     def _arm_faulthandler(self) -> None:
         """Postpones faulthandler's end of the process, from which it is clear that this thread can run."""

@@ -40,9 +40,10 @@ def test_it_is_seen_while_it_runs(monkeypatch):
 
 
 def test_nccl_hears_what_the_person_did_not_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    set_nccl_environment(tmp_path, 100.0)
-    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
-    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > 100
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"].startswith(str(tmp_path))
+    said = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    monkeypatch.setattr(os, "environ", said)
+    set_nccl_environment(tmp_path)
+    assert said["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
+    assert said["TORCH_NCCL_DUMP_ON_TIMEOUT"] == said["TORCH_NCCL_ENABLE_MONITORING"] == "1"
+    assert said["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"].startswith(str(tmp_path))
+    assert said.keys() == nccl_environment(tmp_path).keys()

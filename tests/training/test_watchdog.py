@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from phsa_megatron.config.exit_codes import FAILED, HUNG, PEER_FAILED
+from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.schema_health import HealthConfig
 from phsa_megatron.training import watchdog
 from phsa_megatron.training.progress import Progress
-from tests.training.processes import run_processes
+from tests.training.processes import ROOT, environment, run_processes
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def test_a_hung_process_is_named_and_all_leave_their_line(two):
         "time_unix_s",
     } <= beat.keys()
     assert (beat["rank"], beat["step"], beat["phase"]) == (1, 3, "backward")
+    assert not list(ended.folder.logs_dir.glob("stacks*")), "Python could run"
     faults = [json.loads(line) for line in ended.folder.faults_file.read_text().splitlines()]
     assert [(fault["kind"], fault["rank"]) for fault in faults] == [("hang", 1)]
 
@@ -128,3 +132,32 @@ def test_each_phase_has_its_own_limit(phase, steps_done, setting):
     health = HealthConfig()
     progress = Progress(phase=phase, num_steps_done=steps_done)
     assert watchdog.allowed_s(health, progress) == (setting, getattr(health, setting))
+
+
+# A main thread that keeps the interpreter's lock: no other Python thread can run, the watchdog's neither.
+LOCKED = """
+import ctypes, sys
+from phsa_megatron.config import compose
+from phsa_megatron.training.progress import Progress
+from phsa_megatron.training.watchdog import Watchdog
+config = compose.load(sys.argv[1])
+with Watchdog(config, Progress(phase="forward", step=7, num_steps_done=1), 0, 1):
+    ctypes.PyDLL(None).sleep(60)
+"""
+
+
+def test_a_process_whose_python_cannot_run_is_ended_with_its_stacks(tiny_config):
+    config = tiny_config(
+        **{
+            "health.heartbeat_every_s": 0.5,
+            "health.step_timeout_s": 2.0,
+            "health.first_step_timeout_s": 2.0,
+            "health.long_phase_timeout_s": 2.0,
+        }
+    )
+    folder = prepare_run_folder(config).folder
+    done = subprocess.run(
+        [sys.executable, "-c", LOCKED, str(folder.config_file)], env=environment(), cwd=ROOT, timeout=50
+    )
+    assert done.returncode == 1
+    assert "<module>" in (folder.logs_dir / "stacks_rank_00000.txt").read_text()
