@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from phsa_megatron.config.exit_codes import HUNG, PEER_FAILED
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
@@ -67,7 +69,8 @@ class Watchdog:
         self._rank, self._world_size = rank, world_size
         default = rank // config.cluster.processes_per_node
         self._node_rank = int(os.environ.get("GROUP_RANK", default))
-        self._started_unix_s = time.time()
+        # Not now: imports take seconds, in which a faster process may already have failed.
+        self._started_unix_s = psutil.Process().create_time()
         self._closing = threading.Event()
         self._telling = threading.Lock()
         self._told = False

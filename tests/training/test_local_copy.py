@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.training import checkpoint, local_copy
@@ -105,6 +106,35 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, single_process_gro
         CheckpointError, match=r"checkpoint.local_copy_dir=.*every node must be able to write"
     ):
         local_copy.LocalCopies(tmp_path, config, single_process_groups, print)
+
+
+class Rank:
+    """One of several processes: what `sum_over_world` answers is what all of them found."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, world_size, usable=()):
+        self.rank, self.world_size, self.usable = rank, world_size, usable
+
+    def any_true(self, flag):
+        return flag
+
+    def sum_over_world(self, tensor):
+        return tensor + torch.tensor(self.usable) if self.usable else tensor
+
+
+@pytest.mark.parametrize(
+    ("rank", "usable", "reads_local"), [(1, (1, 0), True), (3, (1, 0), False), (3, (0, 1), True)]
+)
+def test_a_node_s_first_process_decides_for_its_node(tmp_path, rank, usable, reads_local):
+    config = tiny_config(tmp_path / "runs", checkpoint={"local_copy_dir": str(tmp_path / "local")})
+    config.cluster.num_nodes = config.cluster.processes_per_node = 2
+    copies = local_copy.LocalCopies(tmp_path / "runs" / "tiny", config, Rank(rank, 4, usable), print)
+    shared = tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000002"
+    chosen = copies.choose(shared)
+    assert (chosen != shared) == reads_local and chosen.name == shared.name
+    copies.take(shared)
+    assert not list((tmp_path).glob("local/*/*")), "only the first process of a node copies"
 
 
 def test_without_the_setting_nothing_is_copied(tmp_path, monkeypatch):
