@@ -20,15 +20,16 @@ from tests.training.processes import ROOT, environment, run_processes
 
 @pytest.fixture
 def two(tiny_config):
-    """Two data-parallel processes with short timeouts."""
+    """Two data-parallel processes."""
 
     def make(**overrides):
         settings = {
             "cluster.processes_per_node": 2,
             "optim.micro_batch_sequences": 1,
             "health.heartbeat_every_s": 0.5,
-            "health.step_timeout_s": 4.0,
-            "health.data_timeout_s": 4.0,
+            # Long enough for a busy machine; a test of a hang shortens its own.
+            "health.step_timeout_s": 60.0,
+            "health.data_timeout_s": 60.0,
             "health.first_step_timeout_s": 60.0,
         }
         return tiny_config(**(settings | overrides))
@@ -37,7 +38,8 @@ def two(tiny_config):
 
 
 def test_a_hung_process_is_named_and_all_leave_their_line(two):
-    ended = run_processes(two(), [0, 1], PHSA_FAULT="hang@rank=1,step=3,phase=backward")
+    config = two(**{"health.step_timeout_s": 5.0})
+    ended = run_processes(config, [0, 1], PHSA_FAULT="hang@rank=1,step=3,phase=backward")
     assert ended.codes == [HUNG, HUNG], ended.everything()
     host = socket.gethostname()
     assert f"behind: rank 1 ({host}) at step 3, phase backward" in ended.stderr[0], ended.everything()
@@ -83,7 +85,8 @@ def test_a_killed_process_does_not_leave_the_other_waiting(two):
 
 
 def test_a_batch_that_never_comes_is_the_fault_of_the_process_that_has_none(two):
-    ended = run_processes(two(), [0, 1], PHSA_FAULT="hang_data@rank=1,step=3")
+    config = two(**{"health.data_timeout_s": 5.0})
+    ended = run_processes(config, [0, 1], PHSA_FAULT="hang_data@rank=1,step=3")
     assert ended.codes == [HUNG, HUNG], ended.everything()
     assert "behind: rank 1" in ended.stderr[0] and "waits for its own batch" in ended.stderr[0]
 
