@@ -41,7 +41,7 @@ def meet_quietly(*arguments):
 
 def test_a_late_process_is_waited_for(address, monkeypatch):
     monkeypatch.setattr(meeting, "REPORT_EVERY_S", 0.2)
-    said, missed = [], threading.Event()
+    said, came, missed = [], [], threading.Event()
 
     def say(text):
         said.append(text)
@@ -50,12 +50,14 @@ def test_a_late_process_is_waited_for(address, monkeypatch):
     def come_late():
         assert missed.wait(30)
         meeting.meet(1, 2, 2, 30.0)
+        came.append(True)
 
     monkeypatch.setattr(meeting, "_say", say)
     late = threading.Thread(target=come_late)
     late.start()
-    meeting.meet(0, 2, 2, 30.0)
+    served = meeting.meet(0, 2, 2, 30.0)  # it lives as long as process 0 does
     late.join()
+    assert served is not None and came == [True]
     assert "waiting for processes [1] of 2" in said[0]
 
 
