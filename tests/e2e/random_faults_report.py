@@ -26,7 +26,8 @@ two CPU cores that others used as well, a tiny shape of the demo model, saves in
 
 {num_survived} of {num_faults} faults survived. Loss, gradient norm and zero count of all {steps} steps are
 {equal} to the uninterrupted run's, to the last bit; no step is missing, and {num_steps_run_twice} were run
-more than once.
+more than once. The faults fell into steps {first_hit} to {last_hit}: each comes at most {reach} steps after
+what the run could resume from.
 
 The run took {with_faults_s:.0f} s instead of {uninterrupted_s:.0f} s. Goodput, the share of that time in new
 steps, was {goodput_frac:.1%}. {starts}
@@ -66,12 +67,16 @@ def write(output: Path, name: str, summary: dict[str, Any], faults: list[dict[st
     starts = f"Starting Python and torch {summary['num_faults'] + 1} times decides it here."
     if summary["forked"]:
         starts = "Processes were forked from one that had imported torch, which a real start does each time."
+    steps = [fault["step"] for fault in faults if fault["step"]]
     page = _PAGE.format(
         name=name,
         option=" --fork" if summary["forked"] else "",
         equal="equal" if summary["equal_to_the_last_bit"] else "NOT equal",
         starts=starts,
         kinds="\n".join(kinds),
+        first_hit=min(steps, default=0),
+        last_hit=max(steps, default=0),
+        reach=10,
         phases="\n".join(f"| {phase} | {count} |" for phase, count in phases),
         **summary,
     )
