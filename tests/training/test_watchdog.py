@@ -77,6 +77,7 @@ def test_a_crash_is_one_line_and_the_other_process_does_not_wait(two, monkeypatc
     assert len(ended.failures(0)) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_does_not_leave_the_other_waiting(two):
     ended = run_processes(two(), [0, 1], PHSA_FAULT="kill@rank=1,step=2,phase=forward")
     assert ended.codes[1] == -signal.SIGKILL and ended.codes[0] != 0, ended.everything()
@@ -84,6 +85,7 @@ def test_a_killed_process_does_not_leave_the_other_waiting(two):
     assert ended.folder.faults_file.exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_never_comes_is_the_fault_of_the_process_that_has_none(two):
     config = two(**{"health.data_timeout_s": 5.0})
     ended = run_processes(config, [0, 1], PHSA_FAULT="hang_data@rank=1,step=3")
