@@ -270,6 +270,10 @@ COMMANDS: dict[str, Command] = {
         "print the documents of one step: step=N", _elsewhere("phsa_megatron.data.commands", "show_batch")
     ),
     "doctor": Command("what this machine has, and what to install", _elsewhere("phsa_megatron.doctor")),
+    "preflight": Command(
+        "check this node, and its place among the others, before a run",
+        _elsewhere("phsa_megatron.preflight.command"),
+    ),
     "report": Command("write report.html of run folders", _elsewhere("phsa_megatron.monitoring.report")),
     "replay": Command(
         "run the step again that a run stopped at", _elsewhere("phsa_megatron.training.replay")

@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from phsa_megatron.config import schema
+from phsa_megatron.config import schema, schema_health
 
 _UNITS = {
     "tokens": "tokens",
@@ -34,6 +34,7 @@ _UNITS = {
     "size": "count",
     "topk": "blocks",
     "s": "seconds",
+    "c": "degrees Celsius",
 }
 _UNIT_BY_KEY = {
     # Names that a suffix would explain wrongly.
@@ -48,6 +49,7 @@ _UNIT_BY_KEY = {
     "parallel.context_size": "processes",
     "optim.adam_eps": "none",
     "cluster.processes_per_node": "processes",
+    "health.min_write_mib_per_s": "MiB/s",
 }
 _OTHER_NAMES = {
     # What the same thing is called elsewhere, where letters alone would not find it.
@@ -243,7 +245,8 @@ def _walk_groups(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
 def _docs() -> dict[str, dict[str, str]]:
     """Return the docstring under each field, by class and field; the empty name is the class's own."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    nodes = [node for module in (schema, schema_health) for node in ast.parse(inspect.getsource(module)).body]
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         docs[node.name] = {"": ast.get_docstring(node) or ""}

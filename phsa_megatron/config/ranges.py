@@ -95,6 +95,20 @@ RANGES: dict[str, Range] = {
     "cluster.peak_tflops": _POSITIVE,
     "cluster.memory_gib": _POSITIVE,
     "monitoring.log_every_steps": _FROM_ONE,
+    "health.heartbeat_every_s": _POSITIVE,
+    "health.start_timeout_s": _POSITIVE,
+    "health.first_step_timeout_s": _POSITIVE,
+    "health.step_timeout_s": _POSITIVE,
+    "health.data_timeout_s": _POSITIVE,
+    "health.long_phase_timeout_s": _POSITIVE,
+    "health.preflight_timeout_s": _POSITIVE,
+    "health.min_free_memory_gib": _FROM_ZERO,
+    "health.min_free_gpu_memory_frac": _FRAC,
+    "health.min_free_disk_gib": _FROM_ZERO,
+    "health.min_write_mib_per_s": _FROM_ZERO,
+    "health.max_gpu_temperature_c": _POSITIVE,
+    "health.max_clock_skew_s": _POSITIVE,
+    "health.max_all_reduce_s": _POSITIVE,
 }
 
 EXPLAINED_ELSEWHERE = {

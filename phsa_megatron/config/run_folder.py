@@ -37,6 +37,10 @@ class RunFolder:
         self.logs_dir = self.path / "logs"
         self.wandb_dir = self.path / "wandb"
         self.replay_dir = self.path / "replay"
+        self.heartbeats_dir = self.path / "heartbeats"
+        self.preflight_dir = self.path / "preflight"
+        self.bad_nodes = self.path / "bad_nodes"
+        self.faults_file = self.path / "faults.jsonl"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:

@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from phsa_megatron.config.schema_health import HealthConfig
+
 
 class AttentionKind(StrEnum):
     """What a layer's core attention computes."""
@@ -274,6 +276,9 @@ class CheckpointConfig:
     """Committed checkpoints kept; the last committed one is never removed."""
     async_save: bool = False
     """Write in the background while training goes on."""
+    local_copy_dir: str | None = None
+    """Folder on each node's own disk for a copy of the newest committed checkpoint, read at a restart
+    instead of the shared folder if it is the same one; null keeps no copy."""
 
 
 @dataclass
@@ -346,3 +351,4 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

@@ -15,6 +15,7 @@ from phsa_megatron.config.derive import model_parallel_size, pipeline_chunks, wo
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.ranges import RANGES
 from phsa_megatron.config.schema import AttentionKind, Device, KernelImpl, LrSchedule, TrainConfig
+from phsa_megatron.config.validate_health import local_copy, watchdog_timeouts
 from phsa_megatron.config.yaml_file import leaves
 
 Rule = Callable[[TrainConfig], Iterator[str]]
@@ -385,5 +386,7 @@ RULES: tuple[Rule, ...] = (
     _schedule_lengths,
     _cosine,
     _learning_rates,
+    watchdog_timeouts,
+    local_copy,
 )
 """All rules, in the order of their messages."""

@@ -5,7 +5,7 @@ Nobody outside this room reads megatron's process-group globals.
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -16,22 +16,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from phsa_megatron.config.errors import ConfigError, DeviceError
+from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import Device, TrainConfig
 from phsa_megatron.parallel import cpu_shim, mcore, zigzag
+from phsa_megatron.parallel.meeting import meet
+from phsa_megatron.parallel.nccl_settings import set_nccl_environment
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-# How long the first process waits for the others to appear before it names those that are missing.
-START_TIMEOUT_S = 300.0
-# How long one collective may take. Loading data and compiling happen between collectives on every process at
-# about the same time, so that ten minutes of waiting means that a process is gone.
-COLLECTIVE_TIMEOUT_S = 600.0
-
-_starts = itertools.count()
+# Above what the run's watchdog allows, which knows phases and says more: torch's timeout is the net below it.
+_ABOVE_WATCHDOG_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def initialize(config: TrainConfig) -> Groups:
     if config.run.num_threads > 0:
         torch.set_num_threads(config.run.num_threads)
     _ask_for_determinism(device)
-    _connect(rank, world_size, device)
+    _connect(config, rank, world_size, device)
     _build_model_parallel(config)
     _seed(config.run.seed)
     return _describe(rank, world_size, device)
@@ -211,60 +209,32 @@ def _ask_for_determinism(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _connect(rank: int, world_size: int, device: torch.device) -> None:
+def longest_wait_s(config: TrainConfig) -> float:
+    """Return how long a collective may take before torch itself ends the process."""
+    health = config.health
+    longest = max(
+        health.first_step_timeout_s, health.step_timeout_s, health.data_timeout_s, health.long_phase_timeout_s
+    )
+    return longest + _ABOVE_WATCHDOG_S
+
+
+def _connect(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> None:
     if world_size == 1:
         # One process needs neither a port nor a file to find itself.
         store: Store = HashStore()
     else:
-        store = _meet(rank, world_size)
+        store = meet(rank, world_size, config.cluster.processes_per_node, config.health.start_timeout_s)
+    if device.type == "cuda":
+        set_nccl_environment(RunFolder.of(config).logs_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        timeout=timedelta(seconds=longest_wait_s(config)),
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _meet(rank: int, world_size: int) -> Store:
-    """Return the store that all processes share, once every one of them has signed it.
-
-    Raises:
-        DeviceError: a process did not appear in time; the message names it.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent already serves a store at this address.
-    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        server = TCPStore(
-            address,
-            port,
-            world_size=world_size,
-            is_master=rank == 0 and not served_by_agent,
-            timeout=timedelta(seconds=START_TIMEOUT_S),
-            wait_for_workers=False,
-        )
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise DeviceError(
-            f"process {rank} of {world_size} could not reach MASTER_ADDR={address} "
-            f"MASTER_PORT={port}: {error}"
-        ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # A prefix of its own for every start: what an earlier one left in the store would be taken for news.
-    store = PrefixStore(f"phsa/attempt_{attempt}/start_{next(_starts)}", server)
-    signatures = [f"here/{other}" for other in range(world_size)]
-    store.set(signatures[rank], "1")
-    try:
-        store.wait(signatures, timedelta(seconds=START_TIMEOUT_S))
-    except (dist.DistError, RuntimeError) as error:
-        missing = [other for other in range(world_size) if not store.check([signatures[other]])]
-        raise DeviceError(
-            f"processes {missing} of {world_size} did not start within {START_TIMEOUT_S:.0f} s: look into "
-            f"their logs (WORLD_SIZE={world_size}, MASTER_ADDR={address}, MASTER_PORT={port})"
-        ) from error
-    return store
 
 
 def _build_model_parallel(config: TrainConfig) -> None:
@@ -276,7 +246,7 @@ def _build_model_parallel(config: TrainConfig) -> None:
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size,
         context_parallel_size=layout.context_size,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT_S // 60),
+        distributed_timeout_minutes=math.ceil(longest_wait_s(config) / 60),
     )
 
 

@@ -27,6 +27,7 @@ from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import agreement
 from phsa_megatron.training import checkpoint_files as files
 from phsa_megatron.training.commit import CheckpointStore, Marker, read_marker, seal, verify
+from phsa_megatron.training.local_copy import LocalCopies
 from phsa_megatron.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Checkpointer:
         self._notify = _log if notify is None else notify
         self._pending: _Pending | None = None
         self._num_failures = 0
+        self._local = LocalCopies(folder.path, config, groups, self._notify)
 
     def save(self, parts: Parts, state: TrainState, *, must_succeed: bool = False) -> bool:
         """Save now, or with `checkpoint.async_save` begin to.
@@ -184,7 +186,7 @@ class Checkpointer:
         saved = files.read_state(folder)
         if data_fingerprint is not None:
             check_data_order(saved, data_fingerprint)
-        state = self.load_from(folder, parts)
+        state = self.load_from(folder, parts, copy=self._local.choose(folder))
         self._tell("resume", f"resumed from {folder} at step {state.step}", step=state.step)
         return state
 
@@ -208,13 +210,16 @@ class Checkpointer:
         if failure is not None:
             raise CheckpointError(f"{folder} could not be written: {failure}")
 
-    def load_from(self, folder: Path, parts: Parts, *, weights_only: bool = False) -> TrainState:
+    def load_from(
+        self, folder: Path, parts: Parts, *, weights_only: bool = False, copy: Path | None = None
+    ) -> TrainState:
         """Fill model, and unless `weights_only` optimizer, schedule and random generators, from a folder.
 
         Args:
             folder: a committed checkpoint.
             parts: filled in place.
             weights_only: only the model's weights; the optimizer's fp32 copies follow them.
+            copy: a copy of the folder to read the shards from.
 
         Returns:
             The counters that the checkpoint holds.
@@ -226,7 +231,7 @@ class Checkpointer:
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
-        loaded = shards.read(weights, folder / files.SHARDS_NAME)
+        loaded = shards.read(weights, (copy or folder) / files.SHARDS_NAME)
         with torch.no_grad():
             names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
             for name, module in zip(names, parts.modules, strict=True):
@@ -305,6 +310,7 @@ class Checkpointer:
         )
         if self._groups.rank == 0:
             self._prune()
+        self._local.take(self._store.path(pending.step))
         return True
 
     def _prune(self) -> None:

@@ -26,7 +26,7 @@ def finish(run: Run, evaluation: Evaluation) -> None:
         run: all steps trained, the last checkpoint committed.
         evaluation: of the final weights.
     """
-    run.progress.phase = "finish"
+    run.progress.enter("finish")
     samples = _samples(run)
     run.meter.stop(run.state)
     if run.groups.rank == 0:

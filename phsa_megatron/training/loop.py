@@ -13,8 +13,9 @@ from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
+from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.replay import write_replay
-from phsa_megatron.training.run import Progress, Run, open_run, read_ahead
+from phsa_megatron.training.run import Run, faults_of, open_run, read_ahead
 from phsa_megatron.training.state import capture_rng
 from phsa_megatron.training.step import NonFiniteStepError, StepResult, train_step
 
@@ -45,12 +46,12 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
     Raises:
         PhsaError: it cannot go on; the message says why and what to do.
     """
-    with open_run(config, groups, progress or Progress()) as run, read_ahead(run) as prefetcher:
+    progress = progress or Progress(faults=faults_of(config, groups.rank))
+    with open_run(config, groups, progress) as run, read_ahead(run) as prefetcher:
         run.console.start(run.state.step)
         run.meter.start()
         while run.state.step < config.run.train_steps and not run.asked.exit:
-            run.progress.step = run.state.step + 1
-            run.faults.at_step_start(run.progress.step)
+            run.progress.enter("data", step=run.state.step + 1)
             batches = run.wait_for_batches(prefetcher)
             if batches is None:
                 break
@@ -74,17 +75,16 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
 
 def _step(run: Run, batches: list[Batch]) -> StepResult:
     """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
-    run.progress.phase = "step"
     rng = capture_rng()
     try:
-        return train_step(run.parts, batches, run.table, run.state, run.faults)
+        return train_step(run.parts, batches, run.table, run.state, run.progress)
     except NonFiniteStepError as error:
         # Raised on all processes together, so that they can still write a checkpoint together.
         raise write_replay(run, error, rng) from error
 
 
 def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
-    run.progress.phase = "log"
+    run.progress.step_done()
     run.meter.add(batches)
     step = run.state.step
     if step % run.config.monitoring.log_every_steps == 0 or step == run.config.run.train_steps:
@@ -101,9 +101,14 @@ def _due(run: Run, every_steps: int) -> bool:
 
 def evaluate(run: Run) -> Evaluation | None:
     """Measures and logs the validation loss; returns None if the run was asked to leave meanwhile."""
-    run.progress.phase = "evaluate"
+    run.progress.enter("evaluate")
     run.meter.stop(run.state)
-    evaluation = run.evaluator.run(run.parts, should_leave=lambda: run.poll().exit)
+
+    def should_leave() -> bool:
+        run.progress.moved()
+        return run.poll().exit
+
+    evaluation = run.evaluator.run(run.parts, should_leave=should_leave)
     run.meter.start()
     if evaluation is not None:
         run.recorder.log(run.state.step, evaluation.metrics())

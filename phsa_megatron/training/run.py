@@ -31,19 +31,10 @@ from phsa_megatron.training.checkpoint import Checkpointer, Notify
 from phsa_megatron.training.evaluate import Evaluator
 from phsa_megatron.training.faults import Faults
 from phsa_megatron.training.optimizer import Parts, build_parts
+from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.signals import StopRequest, StopSignals
 from phsa_megatron.training.state import TrainState
 from phsa_megatron.training.step import StepResult, micro_batch_starts
-
-
-@dataclass
-class Progress:
-    """Where this process is, for the record it leaves if it fails."""
-
-    step: int = 0
-    """Number of the step under way; 0 before the first."""
-    phase: str = "start"
-    """start, build, load, data, step, log, evaluate, save, finish."""
 
 
 @dataclass
@@ -57,7 +48,6 @@ class Run:
     recorder: Recorder
     console: Console
     stops: StopSignals
-    faults: Faults
     progress: Progress
     tokenizer: Tokenizer
     table: PunctuationTable
@@ -85,7 +75,7 @@ class Run:
         Raises:
             CheckpointError: it failed, and must not (or not again).
         """
-        self.progress.phase = "save"
+        self.progress.enter("checkpoint")
         start_s = time.perf_counter()
         self.meter.stop(self.state)
         self.checkpointer.save(self.parts, self.state, must_succeed=must_succeed)
@@ -98,13 +88,14 @@ class Run:
 
         No process starts the step before all have their data, so that each of them can still leave.
         """
-        self.progress.phase = "data"
         start_s = time.perf_counter()
         batches: list[Batch] | None = None
         try:
             while True:
                 if batches is None:
                     batches = _next_or_none(prefetcher)
+                waits = "its own batch" if batches is None else "the batches of other processes"
+                self.progress.detail = f"waits for {waits}"
                 if not self.groups.any_true(batches is None):
                     return batches
                 if self.poll().exit:
@@ -176,6 +167,15 @@ class Meter:
         self._wall_since_s = now_s
 
 
+def faults_of(config: TrainConfig, rank: int) -> Faults:
+    """Returns the faults that a process shall have in this run and has not had yet.
+
+    Raises:
+        ConfigError: PHSA_FAULT cannot be read.
+    """
+    return Faults.from_environment(rank, RunFolder.of(config).faults_file)
+
+
 @contextmanager
 def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterator[Run]:
     """Prints every derived number, then opens all parts of a run and fills them from where it starts.
@@ -189,17 +189,17 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     derived = derive(config)
-    faults = Faults.from_environment(groups.rank)
+    progress.stage = int(groups.collection.pp.rank())
     with _watch(folder, derived, config, groups, progress) as watch, StopSignals(folder, groups) as stops:
-        _announce(watch.console, derived, faults, config)
-        progress.phase = "build"
+        _announce(watch.console, derived, progress.faults, config)
+        progress.enter("build")
         tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
         table = punctuation_table(config, tokenizer, groups)
         train_reader = BatchReader(config, "train", tokenizer)
         evaluator = Evaluator(config, groups, tokenizer, table)
         parts = build_parts(config, groups)
         checkpointer = Checkpointer(folder, config, groups, watch.notify)
-        progress.phase = "load"
+        progress.enter("load")
         state = _starting_state(parts, checkpointer, train_reader, folder, watch.notify)
         yield Run(
             config=config,
@@ -210,7 +210,6 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
             console=watch.console,
             notify=watch.notify,
             stops=stops,
-            faults=faults,
             progress=progress,
             tokenizer=tokenizer,
             table=table,
@@ -261,7 +260,7 @@ def _announce(console: Console, derived: Derived, faults: Faults, config: TrainC
     for line in [*derived.equations(), *_throughput(derived, config, 0).equations()]:
         console.message(line)
     if faults.planned:
-        console.message(f"injected faults: {sorted(faults.planned)}")
+        console.message(f"injected faults: {[fault.text for fault in faults.planned]}")
 
 
 def _throughput(derived: Derived, config: TrainConfig, consumed_sequences: int) -> Throughput:
@@ -290,7 +289,7 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
     batch, size = run.config.optim.global_batch_sequences, run.config.optim.micro_batch_sequences
 
     def read(step: int) -> list[Batch]:
-        if run.faults.happens("hang_data", step):
+        if run.progress.faults.happens("hang_data", step):
             time.sleep(float(10**6))
         starts = micro_batch_starts(run.config, run.groups, consumed + (step - first_step) * batch)
         return [run.train_reader.micro_batch(first, size) for first in starts]

@@ -19,8 +19,8 @@ from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
-from phsa_megatron.training.faults import Faults
 from phsa_megatron.training.optimizer import Parts, set_hyperparameters
+from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.state import TrainState
 
 _MAX_NAMES = 8
@@ -110,6 +110,7 @@ class ForwardStep:
         groups: of this process; the model sees its part of every sequence, side information is whole.
         recorder: collects selection statistics, in evaluation.
         poisoned: an injected fault: multiply the loss by NaN.
+        progress: told when a micro-batch goes forward and when it turns back.
     """
 
     config: TrainConfig
@@ -118,9 +119,12 @@ class ForwardStep:
     groups: Groups
     recorder: SelectionListener | None = None
     poisoned: bool = False
+    progress: Progress | None = None
 
     def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         """Returns the chunk's output and the function that turns the last stage's output into the loss."""
+        if self.progress is not None:
+            self.progress.enter("forward")
         batch = next(batches)
         device, part = self.groups.device, self.groups.own_part
         tokens, cu_seqlens = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.cu_seqlens))
@@ -141,6 +145,8 @@ class ForwardStep:
             loss_mask=side_info.mtp_loss_mask(loss_mask, num_depths) if num_depths else loss_mask,
             packed_seq_params=side_info,
         )
+        if self.progress is not None:
+            self.progress.enter("backward")
         return output, partial(self._loss, loss_mask)
 
     def _loss(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +194,7 @@ def forward_backward(
 
 
 def train_step(
-    parts: Parts, batches: list[Batch], table: PunctuationTable, state: TrainState, faults: Faults
+    parts: Parts, batches: list[Batch], table: PunctuationTable, state: TrainState, progress: Progress
 ) -> StepResult:
     """Makes the step after `state`, and moves `state` on.
 
@@ -197,7 +203,7 @@ def train_step(
         batches: this process's micro-batches of the step, in order.
         table: punctuation flags on the model's device.
         state: counters; changed only if the step succeeds.
-        faults: injected faults.
+        progress: told of the phases of the step; has the injected faults.
 
     Raises:
         NonFiniteStepError: the loss or the gradient norm is not finite; raised on all processes, with
@@ -211,11 +217,13 @@ def train_step(
         table,
         parts.config.attention.train_topk,
         parts.groups,
-        poisoned=faults.happens("nan_loss", step),
+        poisoned=progress.faults.happens("nan_loss", step),
+        progress=progress,
     )
     parts.zero_grad()
     rows = forward_backward(parts, batches, forward_step, forward_only=False)
-    if faults.happens("nan_grad", step):
+    progress.enter("optimizer")
+    if progress.faults.happens("nan_grad", step):
         poison_gradient(parts)
     loss_nats, num_tokens = mean_loss(parts, rows)
     parts.optimizer.prepare_grads()

@@ -143,6 +143,16 @@ BROKEN = [
         ["decay_steps=100", "schedule=cosine", "decay_steps=0"],
     ),
     ("_learning_rates", {"optim.min_lr": 1.0}, ["min_lr=1.0", "optim.lr=0.003", "lower it"]),
+    (
+        "watchdog_timeouts",
+        {"health.step_timeout_s": 9.0},
+        ["health.step_timeout_s=9", "heartbeat_every_s=5", "at least 10"],
+    ),
+    (
+        "local_copy",
+        {"checkpoint.local_copy_dir": "copies"},
+        ["checkpoint.local_copy_dir=copies", "own disk", "absolute path"],
+    ),
 ]
 
 

@@ -80,8 +80,8 @@ def test_layout_that_does_not_divide_the_processes_is_refused_before_connecting(
     assert not dist.is_initialized()
 
 
-def test_a_process_that_does_not_come_is_named(two_processes_expected, monkeypatch):
-    monkeypatch.setattr(groups, "START_TIMEOUT_S", 1.0)
+def test_a_process_that_does_not_come_is_named(two_processes_expected):
+    two_processes_expected.health.start_timeout_s = 1.0
     with pytest.raises(DeviceError, match=r"processes \[1\] of 2 did not start within 1 s"):
         groups.initialize(two_processes_expected)
 

@@ -65,7 +65,7 @@ def test_dense_attention_trains_and_has_no_topk(tiny_config, run):
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tiny_config, run, monkeypatch):
     straight = run(tiny_config(**{"run.name": "straight"}))
     config = tiny_config(**{"run.name": "stopped"})
-    monkeypatch.setenv(VARIABLE, "sigterm@3")
+    monkeypatch.setenv(VARIABLE, "sigterm@step=3")
     stopped = run(config)
     assert not stopped.outcome.done
     assert stopped.outcome.step == 3
@@ -85,7 +85,7 @@ def test_a_finished_run_can_be_made_longer(tiny_config, run, monkeypatch):
     first = run(tiny_config(**{"run.train_steps": 4}))
     assert first.outcome.done
     longer = tiny_config(**{"run.train_steps": 8})
-    monkeypatch.setenv(VARIABLE, "sigterm@5")
+    monkeypatch.setenv(VARIABLE, "sigterm@step=5")
     stopped = run(longer)
     assert stopped.outcome.step == 5
     assert not stopped.folder.done.exists()
@@ -119,7 +119,7 @@ class _TouchWhenStepIsLogged(threading.Thread):
 
 def test_an_exit_request_is_seen_while_the_data_hangs(tiny_config, run, monkeypatch):
     config = tiny_config()
-    monkeypatch.setenv(VARIABLE, "hang_data@4")
+    monkeypatch.setenv(VARIABLE, "hang_data@step=4")
     toucher = _TouchWhenStepIsLogged(RunFolder.of(config), 3, "exit_request")
     toucher.start()
     stopped = run(config)
@@ -154,8 +154,8 @@ def test_a_save_request_saves_and_goes_on(tiny_config, run, monkeypatch):
     config = tiny_config()
     train_step = loop.train_step
 
-    def touch_and_go_on(parts, batches, table, state, faults):
-        result = train_step(parts, batches, table, state, faults)
+    def touch_and_go_on(parts, batches, table, state, progress):
+        result = train_step(parts, batches, table, state, progress)
         if state.step == 2:
             RunFolder.of(config).save_request.touch()
         return result
@@ -175,7 +175,7 @@ def test_saves_come_at_their_interval(tiny_config, run):
 def test_a_crash_is_recorded_and_the_run_resumes_from_its_last_save(tiny_config, run, monkeypatch):
     straight = run(tiny_config(**{"run.name": "straight"}))
     config = tiny_config(**{"run.name": "crashed", "checkpoint.save_every_steps": 2})
-    monkeypatch.setenv(VARIABLE, "crash@6")
+    monkeypatch.setenv(VARIABLE, "crash@step=6")
     with pytest.raises(InjectedFaultError):
         run(config)
     lines = RunFolder.of(config).metrics_file.read_text().splitlines()
@@ -187,7 +187,7 @@ def test_a_crash_is_recorded_and_the_run_resumes_from_its_last_save(tiny_config,
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_command_to_replay(tiny_config, run, monkeypatch):
     config = tiny_config()
-    monkeypatch.setenv(VARIABLE, "nan_loss@4")
+    monkeypatch.setenv(VARIABLE, "nan_loss@step=4")
     with pytest.raises(TrainingError, match="step 4 stopped before the weights changed: loss nan") as caught:
         run(config)
     folder = RunFolder.of(config).replay_dir / "step_00000004"

@@ -48,7 +48,7 @@ def test_an_injected_fault_is_reproduced_only_if_it_is_injected_again(
 ):
     finite = run(tiny_config(**{"run.name": "finite"}))
     config = tiny_config(**{"run.name": "poisoned"})
-    monkeypatch.setenv(VARIABLE, f"{fault}@4")
+    monkeypatch.setenv(VARIABLE, f"{fault}@step=4")
     with pytest.raises(TrainingError):
         run(config)
     folder = RunFolder(RunFolder.of(config).replay_dir / "step_00000004")

@@ -7,6 +7,7 @@ from phsa_megatron.data.batches import BatchReader
 from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.training.faults import VARIABLE, Faults
 from phsa_megatron.training.optimizer import build_parts
+from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.run import punctuation_table
 from phsa_megatron.training.state import TrainState
 from phsa_megatron.training.step import NonFiniteStepError, micro_batch_starts, train_step
@@ -28,7 +29,9 @@ class Bench:
         return [self.reader.micro_batch(first, self.config.optim.micro_batch_sequences) for first in starts]
 
     def step(self, faults=None):
-        return train_step(self.parts, self.batches(), self.table, self.state, faults or Faults())
+        return train_step(
+            self.parts, self.batches(), self.table, self.state, Progress(faults=faults or Faults())
+        )
 
     def snapshot(self):
         weights = [p.detach().clone() for _, p in self.parts.named_parameters()]
@@ -117,7 +120,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(bench, monkeypatch, fault, dty
     made.step()
     made.step()
     before, state = made.snapshot(), TrainState(**vars(made.state))
-    monkeypatch.setenv(VARIABLE, f"{fault}@3")
+    monkeypatch.setenv(VARIABLE, f"{fault}@step=3")
     with pytest.raises(NonFiniteStepError) as caught:
         made.step(Faults.from_environment(rank=0))
     assert _same(made.snapshot(), before)
@@ -132,7 +135,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(bench, monkeypatch, fault, dty
 def test_the_error_names_the_parameter_with_the_bad_gradient(bench, monkeypatch):
     made = bench()
     names = [name for name, _ in made.parts.named_parameters()]
-    monkeypatch.setenv(VARIABLE, "nan_grad@1")
+    monkeypatch.setenv(VARIABLE, "nan_grad@step=1")
     with pytest.raises(NonFiniteStepError, match="step 1 stopped before the weights changed") as caught:
         made.step(Faults.from_environment(rank=0))
     assert caught.value.parameters == {0: [names[len(names) // 2]]}

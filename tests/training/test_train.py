@@ -63,13 +63,13 @@ def _curve(config, name="train/loss_nats"):
 
 def test_a_failure_leaves_one_line_that_says_where(tiny_config):
     config = tiny_config()
-    ((code, _, stderr),) = _start(config, PHSA_FAULT="nan_loss@2")
+    ((code, _, stderr),) = _start(config, PHSA_FAULT="nan_loss@step=2")
     assert code == 1
     assert "step 2 stopped before the weights changed" in stderr
     assert "Traceback" not in stderr
     (line,) = (RunFolder.of(config).logs_dir / "error_rank_00000.jsonl").read_text().splitlines()
     record = json.loads(line)
-    assert (record["rank"], record["step"], record["phase"]) == (0, 2, "step")
+    assert (record["rank"], record["step"], record["phase"]) == (0, 2, "optimizer")
     assert record["host"] == socket.gethostname()
     assert record["error"] == "TrainingError"
 
@@ -85,7 +85,7 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
     two = tiny_config(
         **{"run.name": "two", "cluster.processes_per_node": 2, "optim.micro_batch_sequences": 1}
     )
-    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@3:1")
+    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@rank=1,step=3")
     assert [code for code, _, _ in stopped] == [0, 0], stopped
     assert "asked to leave by SIGTERM: step 3 of 6 is saved" in stopped[0][1]
     resumed = _start(two, num_processes=2)
@@ -125,7 +125,7 @@ def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config
     # A multiple of the padding for every tensor-parallel size: padding rows take part in the softmax.
     common = {"model.vocab_size": 320}
     one = tiny_config(**{"run.name": "one"}, **common)
-    monkeypatch.setenv("PHSA_FAULT", "sigterm@2")
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@step=2")
     assert run(one).outcome.step == 2
     monkeypatch.delenv("PHSA_FAULT")
     two = tiny_config(**{"run.name": "two", "cluster.processes_per_node": 2}, **common, **layout)
@@ -154,7 +154,7 @@ def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_p
     two = tiny_config(
         **{"run.name": "two", "cluster.processes_per_node": 2, "parallel.context_size": 2}, **common
     )
-    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@3:1")
+    stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@rank=1,step=3")
     assert [code for code, _, _ in stopped] == [0, 0], stopped
     shutil.copytree(RunFolder.of(two).path, RunFolder.of(two).path.with_name("three"), symlinks=True)
     alone = run(tiny_config(**{"run.name": "three"}, **common))

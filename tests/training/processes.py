@@ -1,0 +1,93 @@
+"""Training processes of a run, started and watched as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phsa_megatron.config.prepare_run import prepare_run_folder
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of a run ended, in the order of their ranks."""
+
+    codes: list[int]
+    stdout: list[str]
+    stderr: list[str]
+    seconds: float
+    folder: RunFolder
+
+    def failures(self, rank: int) -> list[dict[str, Any]]:
+        """Lines that a process left."""
+        path = self.folder.logs_dir / f"error_rank_{rank:05d}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def everything(self) -> str:
+        """All that was printed, for a failing assertion."""
+        return "\n".join([f"codes {self.codes}", *self.stdout, *self.stderr])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def start(config: TrainConfig, ranks: list[int], **more: str) -> list[subprocess.Popen[str]]:
+    """Start some of the processes of a run."""
+    folder = prepare_run_folder(config).folder
+    world_size = config.cluster.num_nodes * config.cluster.processes_per_node
+    shared = environment(
+        WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **more
+    )
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+
+
+def finish(config: TrainConfig, processes: list[subprocess.Popen[str]], began_s: float) -> Ended:
+    """Wait for processes and return how they ended; none is left behind."""
+    try:
+        printed = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return Ended(
+        [process.returncode for process in processes],
+        [out for out, _ in printed],
+        [err for _, err in printed],
+        time.monotonic() - began_s,
+        RunFolder.of(config),
+    )
+
+
+def run_processes(config: TrainConfig, ranks: list[int], **more: str) -> Ended:
+    """Start some of the processes of a run and wait for them."""
+    began_s = time.monotonic()
+    return finish(config, start(config, ranks, **more), began_s)
