@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phsa_kernels.attend.slots import load_all_keys, load_keys
 from phsa_kernels.attend.walk import edge_step, edge_steps, inner_range, union_step
-from phsa_kernels.primitives import LOG2_E, LOWEST, load_all_rows, load_rows, product, row_offset
+from phsa_kernels.primitives import LOG2_E, LOWEST, load_rows, product, row_offset
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def forward_kernel(
     FIRST_TOKEN,
     BITS,
     COUNT,
+    KEY_ROWS,
     num_rows,
     num_tiles,
     num_heads,
@@ -103,13 +105,15 @@ def forward_kernel(
             init_end, local_start, position, INIT, BN,
         )  # fmt: skip
         key = first + n
-        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
-        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
+        k, v = load_keys(
+            K, V, KEY_ROWS, key, key < end, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D
+        )
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         acc, peak, total = attend_keys(acc, peak, total, q, k, v, seen, scale_log2, True)
     for first in range(first_inner, end_inner, BN):
-        k = load_all_rows(K, first + n, kv_head, stride_kt, stride_kh, D)
-        v = load_all_rows(V, first + n, kv_head, stride_vt, stride_vh, D)
+        k, v = load_all_keys(
+            K, V, KEY_ROWS, first + n, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D
+        )
         acc, peak, total = attend_keys(acc, peak, total, q, k, v, ok, scale_log2, False)
     if TOPK > 0:
         low_bit = tl.where(t < 32, 1 << (t % 32), 0)
@@ -120,8 +124,9 @@ def forward_kernel(
             key, key_ok, chosen = union_step(
                 first, count, base, word_stride, FIRST_TOKEN, BITS, low_bit, high_bit, BLOCK, WORDS, BN
             )
-            k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-            v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+            k, v = load_keys(
+                K, V, KEY_ROWS, key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D
+            )
             acc, peak, total = attend_keys(acc, peak, total, q, k, v, chosen, scale_log2, True)
     out = row_offset(query, head, stride_ot, stride_oh)[:, None] + tl.arange(0, D)[None, :]
     tl.store(OUT + out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=ok[:, None])
