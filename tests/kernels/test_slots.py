@@ -1,4 +1,4 @@
-"""Keys in slots (`block_slot`): the Triton kernels against the fp64 reference of the same keys in natural order.
+"""Keys in slots (`block_slot`): the Triton kernels against the fp64 reference in natural order.
 
 Every row of k and v that no key owns is NaN: rows of slots that nobody names, and the rest of a last block.
 """
@@ -71,8 +71,8 @@ def some_ids(shape):
 def run(impl, shape, q, k, v, ids, table, upstream):
     cu_seqlens = shape.cu_seqlens(DEVICE)
     out, lse = api.attend(
-        q, k, v, ids, *api.token_positions(cu_seqlens, shape.num_tokens), cu_seqlens, table, **shape.windows(),
-        dense_len_tokens=shape.dense_len_tokens, impl=impl,
+        q, k, v, ids, *api.token_positions(cu_seqlens, shape.num_tokens), cu_seqlens, table,
+        **shape.windows(), dense_len_tokens=shape.dense_len_tokens, impl=impl,
     )  # fmt: skip
     return [out, lse, *torch.autograd.grad([out, lse], [q, k, v], upstream)]
 

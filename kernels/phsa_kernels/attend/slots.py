@@ -1,7 +1,7 @@
 """Keys that lie in slots: `block_slot` as one row of k and v per key in natural order.
 
-Kernels count keys in natural order, as without slots; only where they read or write k, v, dk and dv does a key
-become a row. KEY_ROWS None means natural order and compiles to the code without slots.
+Kernels count keys in natural order, as without slots; only where they read or write k, v, dk and dv does a
+key become a row. KEY_ROWS None means natural order and compiles to the code without slots.
 """
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
@@ -49,7 +49,7 @@ def natural_keys(k: Tensor, block_slot: Tensor | None, block_tokens: int) -> int
 
 
 def key_rows(cu_seqlens: Tensor, block_slot: Tensor, num_rows: int, block_tokens: int) -> Tensor:
-    """Return the row in k of every key in natural order, int32 [len(block_slot) * m]; -1 where it lies nowhere.
+    """Return the row in k of every key in natural order, int32 [len(block_slot) * m]; -1: it lies nowhere.
 
     Entries past the documents' last key are -1 too. Nothing is read back: what is wrong with the table is
     found on the device, where an index out of range would read memory that is not k's.
