@@ -118,7 +118,8 @@ def attend_forward(
             ids, plan.order, plan.start, plan.init_end, plan.local_start, *unions.lists, num_queries,
             unions.tiles, num_kv_heads, unions.word_stride, TOPK=topk,
             TOPK_PADDED=triton.next_power_of_2(topk), BLOCK=block_tokens, T=unions.queries_in_tile,
-            WORDS=unions.words, WIDE=natural_keys(k, block_slot, block_tokens) * unions.queries_in_tile >= 2**31,
+            WORDS=unions.words,
+            WIDE=natural_keys(k, block_slot, block_tokens) * unions.queries_in_tile >= 2**31,
         )  # fmt: skip
     forward_kernel[(unions.tiles, num_kv_heads)](
         q, k, v, out, lse, *plan, cu_seqlens, *unions.lists, slots, num_queries, unions.tiles,
