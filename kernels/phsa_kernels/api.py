@@ -251,7 +251,10 @@ def attend(
         cu_seqlens: int32 [N + 1] document boundaries in the natural order of the keys.
         block_slot: int32, where each block lies: counting all blocks of all documents in order, incomplete
             last blocks included, entry i is the slot whose keys are rows `slot * m` on of k and v.
-            None: natural order.
+            None: natural order. -1 marks a block that is not there: its keys and values read as zeros, and no
+            query may choose it or have it in a window. Rows past the end of a document in its last slot, and
+            rows of slots that are not named, are never read; their gradients are zero. The triton backward
+            needs distinct slots and fails if one is named twice; the reference adds the gradients up.
         init_tokens: always-attended tokens at the start of the document, a multiple of block_tokens, or 0.
         local_tokens: local window, a positive multiple of block_tokens.
         block_tokens: m.

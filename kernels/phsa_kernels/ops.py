@@ -83,6 +83,7 @@ def attend(
     block_tokens: int,
     dense_len_tokens: int,
     scale: float,
+    block_slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (out, lse, rows, union): the last two are what backward needs to walk the same keys."""
     return attend_forward(
@@ -98,6 +99,7 @@ def attend(
         block_tokens,
         dense_len_tokens,
         scale,
+        block_slot,
     )
 
 
@@ -128,11 +130,13 @@ def _attend_backward(
     init_tokens: int,
     block_tokens: int,
     scale: float,
+    block_slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv)."""
     return attend_backward(
-        grad_out, grad_lse, q, k, v, ids, out, lse, rows, union, cu_seqlens, init_tokens, block_tokens, scale
-    )
+        grad_out, grad_lse, q, k, v, ids, out, lse, rows, union, cu_seqlens, init_tokens, block_tokens, scale,
+        block_slot,
+    )  # fmt: skip
 
 
 @_attend_backward.register_fake
@@ -143,17 +147,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, ids, _, _, cu_seqlens, ctx.init_tokens, _, ctx.block_tokens, _, ctx.scale = inputs
+    q, k, v, ids, _, _, cu_seqlens, ctx.init_tokens, _, ctx.block_tokens, _, ctx.scale, block_slot = inputs
     out, lse, rows, union = output
     ctx.mark_non_differentiable(rows, union)
-    ctx.save_for_backward(q, k, v, ids, out, lse, rows, union, cu_seqlens)
+    ctx.save_for_backward(q, k, v, ids, out, lse, rows, union, cu_seqlens, block_slot)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, block_slot = ctx.saved_tensors
     grads = _attend_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.init_tokens, ctx.block_tokens, ctx.scale
+        grad_out, grad_lse, *saved, ctx.init_tokens, ctx.block_tokens, ctx.scale, block_slot
     )
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 10)
 
 
 attend.register_autograd(_backward, setup_context=_save)

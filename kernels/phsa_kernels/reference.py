@@ -225,4 +225,5 @@ def _natural_order(x: Tensor, cu_seqlens: Tensor, block_slot: Tensor, block_toke
     blocks = -((cu_seqlens[:-1] - cu_seqlens[1:]) // block_tokens)
     first_block = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
     slot = block_slot[first_block[doc] + position // block_tokens].long()
-    return x[slot * block_tokens + position.long() % block_tokens]
+    rows = x[slot.clamp(min=0) * block_tokens + position.long() % block_tokens]
+    return torch.where((slot >= 0)[:, None, None], rows, 0.0)

@@ -116,7 +116,6 @@ def attend(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse); see `phsa_kernels.api.attend`. A query's ids must be ascending, as from `select`."""
-    _supported(block_slot is None, "block_slot", "keys in their natural order (block_slot=None)")
     _check(k, block_tokens)
     _supported(q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "one dtype")
     _check_group(q, k.shape[1])
@@ -136,5 +135,6 @@ def attend(
         block_tokens,
         dense_len_tokens,
         softmax_scale,
+        None if block_slot is None else block_slot.contiguous(),
     )
     return out, lse

@@ -310,14 +310,11 @@ def test_what_the_kernels_do_not_serve_is_refused(shape, changes, message):
         refused(shape, **changes)
 
 
-def test_slots_and_ids_by_query_head_are_refused():
+def test_ids_by_query_head_are_refused():
     shape = Shape((40,), 2, 1, 16, 1, 16, 16)
     q, k, v, *_ = random_inputs(shape, torch.float32, DEVICE, seed=0)
     cu_seqlens = shape.cu_seqlens(DEVICE)
     args = (*api.token_positions(cu_seqlens, 40), cu_seqlens)
-    slots = torch.arange(3, dtype=torch.int32, device=DEVICE)
     ids = torch.zeros(40, 1, 1, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(NotImplementedError, match="block_slot: .* natural order"):
-        api.attend(q, k, v, ids, *args, slots, **shape.windows(), impl="triton")
     with pytest.raises(NotImplementedError, match="ids of 2 heads: .* by key-value head"):
         api.attend(q, k, v, ids.expand(-1, 2, -1), *args, **shape.windows(), impl="triton")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phsa_kernels.attend.slots import load_all_keys, load_keys, load_tile_of_keys
 from phsa_kernels.attend.walk import (
     edge_step,
     full_step,
@@ -20,7 +21,7 @@ from phsa_kernels.attend.walk import (
     queries_of_first_listed,
     tile_ranges,
 )
-from phsa_kernels.primitives import LOG2_E, load_all_rows, load_rows, load_tile, product, row_offset
+from phsa_kernels.primitives import LOG2_E, load_rows, product, row_offset
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def dq_kernel(
     FIRST_TOKEN,
     BITS,
     COUNT,
+    KEY_ROWS,
     num_rows,
     num_tiles,
     num_heads,
@@ -116,8 +118,9 @@ def dq_kernel(
     doc, last_doc, top_start = tl.load(DOC + top), tl.load(DOC + bottom), tl.load(START + top)
     for step in range(full_steps):
         first = full_step(step, full_init, top_start, first_inner, BN)
-        k = load_tile(KEYS, first, kv_head, BN, D)
-        v = load_tile(VALUES, first, kv_head, BN, D)
+        k, v = load_tile_of_keys(
+            K, V, KEYS, VALUES, KEY_ROWS, first, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, BN, D
+        )
         dq = query_gradient(dq, q, grad, lse, delta, k, v, ok, scale_log2, False)
     for step in range(edges):
         first, end, low, high = edge_step(
@@ -125,8 +128,9 @@ def dq_kernel(
             position, INIT, BN,
         )  # fmt: skip
         key = first + n
-        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
-        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
+        k, v = load_keys(
+            K, V, KEY_ROWS, key, key < end, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D
+        )
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         dq = query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, True)
     low_bit = tl.where(t < 32, 1 << (t % 32), 0)
@@ -141,8 +145,7 @@ def dq_kernel(
             first, local_blocks, count, lowest, seen_by_first, base, word_stride, FIRST_TOKEN, BITS, low_bit,
             high_bit, BLOCK, WORDS, BN,
         )  # fmt: skip
-        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+        k, v = load_keys(K, V, KEY_ROWS, key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
         dq = query_gradient(dq, q, grad, lse, delta, k, v, seen, scale_log2, True)
     at = row_offset(query, head, num_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=ok[:, None])
@@ -185,6 +188,7 @@ def chosen_dkdv_kernel(
     COUNTS,
     ENDS,
     STARTS,
+    KEY_ROWS,
     num_slots,
     num_heads,
     num_kv_heads,
@@ -209,8 +213,9 @@ def chosen_dkdv_kernel(
     count = tl.load(COUNTS + kv_head * num_slots + slot)
     if count > 0:  # STARTS is not filled where nobody chose the block
         key = tl.load(STARTS + slot) + tl.arange(0, BLOCK)
-        k = load_all_rows(K, key, kv_head, stride_kt, stride_kh, D)
-        v = load_all_rows(V, key, kv_head, stride_vt, stride_vh, D)
+        if KEY_ROWS is not None:  # dk and dv lie as k and v do
+            key = tl.load(KEY_ROWS + key)
+        k, v = load_all_keys(K, V, None, key, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
         scale_log2 = scale * LOG2_E
         dk = tl.zeros([BLOCK, D], tl.float32)
         dv = tl.zeros([BLOCK, D], tl.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phsa_kernels.attend.slots import load_keys, load_tile_of_keys
 from phsa_kernels.attend.walk import (
     edge_step,
     full_step,
@@ -17,7 +18,7 @@ from phsa_kernels.attend.walk import (
     queries_of_first_listed,
     tile_ranges,
 )
-from phsa_kernels.primitives import LOG2_E, LOWEST, load_rows, load_tile, product, row_offset
+from phsa_kernels.primitives import LOG2_E, LOWEST, load_rows, product, row_offset
 
 
 @triton.jit
@@ -58,6 +59,7 @@ def forward_kernel(
     FIRST_TOKEN,
     BITS,
     COUNT,
+    KEY_ROWS,
     num_rows,
     num_tiles,
     num_heads,
@@ -108,8 +110,9 @@ def forward_kernel(
     doc, last_doc, top_start = tl.load(DOC + top), tl.load(DOC + bottom), tl.load(START + top)
     for step in range(full_steps):
         first = full_step(step, full_init, top_start, first_inner, BN)
-        k = load_tile(KEYS, first, kv_head, BN, D)
-        v = load_tile(VALUES, first, kv_head, BN, D)
+        k, v = load_tile_of_keys(
+            K, V, KEYS, VALUES, KEY_ROWS, first, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, BN, D
+        )
         acc, peak, total = attend_keys(acc, peak, total, q, k, v, ok, scale_log2, False)
     for step in range(edges):
         first, end, low, high = edge_step(
@@ -117,8 +120,9 @@ def forward_kernel(
             position, INIT, BN,
         )  # fmt: skip
         key = first + n
-        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key < end, D)
-        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key < end, D)
+        k, v = load_keys(
+            K, V, KEY_ROWS, key, key < end, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D
+        )
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         acc, peak, total = attend_keys(acc, peak, total, q, k, v, seen, scale_log2, True)
     low_bit = tl.where(t < 32, 1 << (t % 32), 0)
@@ -133,8 +137,7 @@ def forward_kernel(
             first, local_blocks, count, lowest, seen_by_first, base, word_stride, FIRST_TOKEN, BITS, low_bit,
             high_bit, BLOCK, WORDS, BN,
         )  # fmt: skip
-        k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-        v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+        k, v = load_keys(K, V, KEY_ROWS, key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
         acc, peak, total = attend_keys(acc, peak, total, q, k, v, seen, scale_log2, True)
     out = row_offset(query, head, stride_ot, stride_oh)[:, None] + tl.arange(0, D)[None, :]
     tl.store(OUT + out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=ok[:, None])

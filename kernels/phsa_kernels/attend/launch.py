@@ -12,6 +12,7 @@ from phsa_kernels.attend.backward import chosen_dkdv_kernel, dq_kernel
 from phsa_kernels.attend.forward import forward_kernel
 from phsa_kernels.attend.inverse import queries_by_block
 from phsa_kernels.attend.plan import Rows, plan_key_tiles, plan_rows
+from phsa_kernels.attend.slots import assert_distinct, key_rows, natural_keys
 from phsa_kernels.attend.union import union_kernel
 from phsa_kernels.attend.window_backward import init_partial_kernel, window_dkdv_kernel
 from phsa_kernels.configs import Launch, configs_for
@@ -86,6 +87,7 @@ def attend_forward(
     block_tokens: int,
     dense_len_tokens: int,
     scale: float,
+    block_slot: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (out, lse, rows, union)."""
     rows_shape, union_shape = saved_shapes(q, k, ids)
@@ -107,20 +109,22 @@ def attend_forward(
         dense_len_tokens=dense_len_tokens,
     )
     plan = Rows(*rows.unbind(0))
+    slots = None if block_slot is None else key_rows(cu_seqlens, block_slot, len(k), block_tokens)
     tile, unions = configs_for(q.device).forward, _unions(union, q, k, topk)
     if topk > 0:
         union_kernel[(unions.tiles, num_kv_heads)](
             ids, plan.order, plan.start, plan.init_end, plan.local_start, *unions.lists, num_queries,
             unions.tiles, num_kv_heads, unions.word_stride, TOPK=topk,
             TOPK_PADDED=triton.next_power_of_2(topk), BLOCK=block_tokens, T=unions.queries_in_tile,
-            WORDS=unions.words, WIDE=k.shape[0] * unions.queries_in_tile >= 2**31,
+            WORDS=unions.words,
+            WIDE=natural_keys(k, block_slot, block_tokens) * unions.queries_in_tile >= 2**31,
         )  # fmt: skip
     keys = max(tile.keys, block_tokens)
     forward_kernel[(unions.tiles, num_kv_heads)](
-        q, k, v, tiles(k, keys), tiles(v, keys), out, lse, *plan, cu_seqlens, *unions.lists, num_queries,
-        unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out), INIT=init_tokens,
-        TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile, WORDS=unions.words,
-        BN=keys, **tile.options(),
+        q, k, v, tiles(k, keys), tiles(v, keys), out, lse, *plan, cu_seqlens, *unions.lists, slots,
+        num_queries, unions.tiles, num_heads, unions.word_stride, scale, *_strides(q, k, v, out),
+        INIT=init_tokens, TOPK=topk, **_group_shape(q, k), BLOCK=block_tokens, T=unions.queries_in_tile,
+        WORDS=unions.words, BN=keys, **tile.options(),
     )  # fmt: skip
     return out, lse, rows, union
 
@@ -140,6 +144,7 @@ def attend_backward(
     init_tokens: int,
     block_tokens: int,
     scale: float,
+    block_slot: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), each in the dtype of its tensor and contiguous."""
     num_queries, num_heads, _ = q.shape
@@ -147,6 +152,11 @@ def attend_backward(
     if num_queries == 0:
         return dq, dk.zero_(), dv.zero_()
     k, v = aligned(k), aligned(v)
+    num_keys, slots = natural_keys(k, block_slot, block_tokens), None
+    if block_slot is not None:
+        slots = key_rows(cu_seqlens, block_slot, len(k), block_tokens)
+        assert_distinct(slots)
+        dk.zero_(), dv.zero_()  # rows of no key
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
     configs, shape, topk = configs_for(q.device), _group_shape(q, k), ids.shape[2]
     plan, unions = Rows(*rows.unbind(0)), _unions(union, q, k, ids.shape[2])
@@ -156,19 +166,19 @@ def attend_backward(
     # First, for it fills delta, which the kernels of dk and dv read.
     dq_kernel[(unions.tiles, k.shape[1])](
         q, k, v, tiles(k, keys), tiles(v, keys), out, grad_out, grad_lse, lse, delta, dq, *plan,
-        cu_seqlens, *unions.lists, num_queries, unions.tiles, num_heads, unions.word_stride, scale,
+        cu_seqlens, *unions.lists, slots, num_queries, unions.tiles, num_heads, unions.word_stride, scale,
         *_strides(q, k, v, out, grad_out), INIT=init_tokens, TOPK=topk, **shape, BLOCK=block_tokens,
         T=unions.queries_in_tile, WORDS=unions.words, BN=keys, **tile.options(),
     )  # fmt: skip
-    _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, init_tokens, scale)
-    if topk > 0 and k.shape[0] >= block_tokens:
+    _window_gradients(q, k, v, reads, dk, dv, plan, cu_seqlens, slots, num_keys, init_tokens, scale)
+    if topk > 0 and num_keys >= block_tokens:
         inverse = queries_by_block(
-            unions.lists, plan.order, k.shape[1], k.shape[0], topk=topk, block_tokens=block_tokens,
+            unions.lists, plan.order, k.shape[1], num_keys, topk=topk, block_tokens=block_tokens,
             queries_in_tile=unions.queries_in_tile,
         )  # fmt: skip
         tile = configs.chosen_dkdv
         chosen_dkdv_kernel[(len(inverse.starts), k.shape[1])](
-            q, k, v, *reads, dk, dv, *inverse, len(inverse.starts), num_heads, k.shape[1], scale,
+            q, k, v, *reads, dk, dv, *inverse, slots, len(inverse.starts), num_heads, k.shape[1], scale,
             *_strides(q, k, v, grad_out), **shape, BLOCK=block_tokens, T=_tile_queries(q, k, tile),
             **tile.options(),
         )  # fmt: skip
@@ -184,6 +194,8 @@ def _window_gradients(
     dv: Tensor,
     plan: Rows,
     cu_seqlens: Tensor,
+    slots: Tensor | None,
+    num_keys: int,
     init_tokens: int,
     scale: float,
 ) -> None:
@@ -191,7 +203,9 @@ def _window_gradients(
     configs, shape = configs_for(q.device), _group_shape(q, k)
     tile, chunk = configs.window_dkdv, configs.init_chunk_rows
     sizes = (q.shape[1], k.shape[1], scale, *_strides(q, k, v, reads[0]))
-    key_tiles = plan_key_tiles(plan, cu_seqlens, k.shape[0], tile.keys)
+    key_tiles = plan_key_tiles(plan, cu_seqlens, num_keys, tile.keys)
+    if slots is not None:  # tiles may reach past the last document
+        key_tiles.docs.clamp_(max=len(cu_seqlens) - 2)
     init_padded = triton.cdiv(init_tokens, tile.keys) * tile.keys
     chunks = triton.cdiv(q.shape[0], chunk)
     partial = q.new_empty(2, chunks, k.shape[1], init_padded, q.shape[2], dtype=torch.float32)
@@ -200,10 +214,10 @@ def _window_gradients(
     if init_tokens > 0:
         init_partial_kernel[(chunks, k.shape[1], init_padded // tile.keys)](
             q, k, v, *reads, partial[0], partial[1], plan.order, plan.doc, plan.init_end, cu_seqlens,
-            key_tiles.doc_rows, q.shape[0], *sizes, **common, **shape, **tile.options(),
+            key_tiles.doc_rows, slots, q.shape[0], *sizes, **common, **shape, **tile.options(),
         )  # fmt: skip
     window_dkdv_kernel[(key_tiles.docs.shape[1] * k.shape[1],)](
         q, k, v, *reads, dk, dv, partial[0], partial[1], plan.order, plan.start, plan.init_end,
         plan.local_start, plan.position, cu_seqlens, key_tiles.doc_rows, key_tiles.docs, key_tiles.rows,
-        k.shape[0], key_tiles.docs.shape[1], *sizes, **common, **shape, **tile.options(),
+        slots, num_keys, key_tiles.docs.shape[1], *sizes, **common, **shape, **tile.options(),
     )  # fmt: skip

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from phsa_kernels.attend.backward import key_gradients
-from phsa_kernels.primitives import LOG2_E, load_rows, row_offset
+from phsa_kernels.attend.slots import load_keys
+from phsa_kernels.primitives import LOG2_E, row_offset
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def init_partial_kernel(
     INIT_END,
     CU_SEQLENS,
     DOC_ROWS,
+    KEY_ROWS,
     num_rows,
     num_heads,
     num_kv_heads,
@@ -63,8 +65,7 @@ def init_partial_kernel(
     doc = tl.load(DOC + chunk * CHUNK)
     key = tl.load(CU_SEQLENS + doc) + n
     key_ok = key < tl.load(CU_SEQLENS + doc + 1)
-    k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-    v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+    k, v = load_keys(K, V, KEY_ROWS, key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     m = tl.arange(0, T * GROUP_PADDED)
@@ -120,6 +121,7 @@ def window_dkdv_kernel(
     DOC_ROWS,
     TILE_DOCS,
     TILE_ROWS,
+    KEY_ROWS,
     num_keys,
     num_tiles,
     num_heads,
@@ -148,8 +150,11 @@ def window_dkdv_kernel(
     kv_head = tl.program_id(0) % num_kv_heads
     key = tile * BN + tl.arange(0, BN)
     key_ok = key < num_keys
-    k = load_rows(K, key, kv_head, stride_kt, stride_kh, key_ok, D)
-    v = load_rows(V, key, kv_head, stride_vt, stride_vh, key_ok, D)
+    row_of_key = key
+    if KEY_ROWS is not None:  # dk and dv lie as k and v do
+        row_of_key = tl.load(KEY_ROWS + key, mask=key_ok, other=-1)
+        key_ok = row_of_key >= 0
+    k, v = load_keys(K, V, None, row_of_key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     m = tl.arange(0, T * GROUP_PADDED)
@@ -205,6 +210,6 @@ def window_dkdv_kernel(
                 at = base + n[:, None] * D + tl.arange(0, D)[None, :]
                 dk += tl.load(PARTIAL_DK + at, mask=mine[:, None], other=0.0)
                 dv += tl.load(PARTIAL_DV + at, mask=mine[:, None], other=0.0)
-    out = row_offset(key, kv_head, num_kv_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
+    out = row_offset(row_of_key, kv_head, num_kv_heads * D, D)[:, None] + tl.arange(0, D)[None, :]
     tl.store(DK + out, (dk * scale).to(DK.dtype.element_ty), mask=key_ok[:, None])
     tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=key_ok[:, None])
