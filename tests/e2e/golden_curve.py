@@ -1,8 +1,9 @@
 """A short run on the CPU whose numbers must not move by one bit: how it is run, where its record lies.
 
 `python tests/e2e/golden_curve.py` records it again and prints what moved. Arithmetic libraries are held to
-code paths that every x86 machine has, so that one record serves them all; a record is keyed by the torch
-version and the capability that torch reports under that rule.
+code paths that every x86 machine has, yet the last bit of an exponential was seen to differ between two
+processors. A record is therefore keyed by the torch version, the capability that torch reports under that
+rule and the processor's vendor, family and model; the oldest record names no processor.
 """
 
 from __future__ import annotations
@@ -72,9 +73,27 @@ def key() -> str:
     return f"torch{version}_{capability}"
 
 
+def processor() -> str:
+    """Return vendor, family and model of this machine's processor, or 'unknown'."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {name.strip(): value.strip() for name, value in facts.items()}
+    names = ("vendor_id", "cpu family", "model")
+    return "-".join(found[name].lower() for name in names) if all(n in found for n in names) else "unknown"
+
+
 def record_file() -> Path:
-    """Return the path of the record for this machine."""
-    return RECORDS / f"demo_{key()}.json"
+    """Return the path of the record for this machine's processor."""
+    return RECORDS / f"demo_{key()}_{processor()}.json"
+
+
+def records() -> dict[str, list[dict[str, str]]]:
+    """Return the records of every processor for this torch version and capability, by file name."""
+    files = sorted(RECORDS.glob(f"demo_{key()}*.json"))
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def phsa_train(*arguments: str, cwd: Path = ROOT) -> None:

@@ -21,6 +21,9 @@ from phsa_kernels.primitives import aligned, tiles
 # A tile's choices are sorted at once: a longer list is no longer worth its compilation.
 _MAX_TILE_CHOICES = 2048
 _WORD = 32  # queries whose choices one int32 holds
+# Rows of init gradients are cut into chunks until about two programs run on every multiprocessor.
+_MIN_INIT_CHUNK = 256
+_MIN_INIT_PROGRAMS = 256
 
 
 def _group_shape(q: Tensor, k: Tensor) -> dict[str, int]:
@@ -185,6 +188,14 @@ def attend_backward(
     return dq, dk, dv
 
 
+def _init_chunk(most: int, num_rows: int, programs_a_chunk: int) -> int:
+    """Return the rows whose init gradients one program sums: `most`, fewer if few programs would run."""
+    chunk = most
+    while chunk > _MIN_INIT_CHUNK and triton.cdiv(num_rows, chunk) * programs_a_chunk < _MIN_INIT_PROGRAMS:
+        chunk //= 2
+    return chunk
+
+
 def _window_gradients(
     q: Tensor,
     k: Tensor,
@@ -201,12 +212,13 @@ def _window_gradients(
 ) -> None:
     """Write the windows' share of dk and dv."""
     configs, shape = configs_for(q.device), _group_shape(q, k)
-    tile, chunk = configs.window_dkdv, configs.init_chunk_rows
+    tile = configs.window_dkdv
     sizes = (q.shape[1], k.shape[1], scale, *_strides(q, k, v, reads[0]))
     key_tiles = plan_key_tiles(plan, cu_seqlens, num_keys, tile.keys)
     if slots is not None:  # tiles may reach past the last document
         key_tiles.docs.clamp_(max=len(cu_seqlens) - 2)
     init_padded = triton.cdiv(init_tokens, tile.keys) * tile.keys
+    chunk = _init_chunk(configs.init_chunk_rows, q.shape[0], k.shape[1] * init_padded // tile.keys)
     chunks = triton.cdiv(q.shape[0], chunk)
     partial = q.new_empty(2, chunks, k.shape[1], init_padded, q.shape[2], dtype=torch.float32)
     common = {"INIT": init_tokens, "CHUNK": chunk, "INIT_PADDED": init_padded}
