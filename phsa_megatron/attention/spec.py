@@ -18,7 +18,7 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
     """Return the spec of one transformer layer of the recipe, with megatron's own norms.
 
     Args:
-        config: the whole recipe; `model` and `attention` are read.
+        config: the whole recipe; `model`, `attention` and `parallel` are read.
         mtp_depth: 0 for a layer of the main stack, d for the layer of multi-token-prediction depth d.
 
     Raises:
@@ -34,6 +34,6 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
     spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=_CORE_ATTENTION[config.attention.kind],
-        params={"attention": config.attention, "mtp_depth": mtp_depth},
+        params={"attention": config.attention, "parallel": config.parallel, "mtp_depth": mtp_depth},
     )
     return spec

@@ -46,6 +46,7 @@ _UNIT_BY_KEY = {
     "parallel.pipeline_size": "stages",
     "parallel.virtual_pipeline_size": "chunks per stage",
     "parallel.context_size": "processes",
+    "parallel.context_node_size": "processes",
     "optim.adam_eps": "none",
     "cluster.processes_per_node": "processes",
 }

@@ -73,6 +73,7 @@ RANGES: dict[str, Range] = {
     "parallel.tensor_size": _FROM_ONE,
     "parallel.pipeline_size": _FROM_ONE,
     "parallel.context_size": _FROM_ONE,
+    "parallel.context_node_size": _FROM_ONE,
     "parallel.virtual_pipeline_size": Range(2),
     "optim.global_batch_sequences": _FROM_ONE,
     "optim.micro_batch_sequences": _FROM_ONE,

@@ -104,6 +104,9 @@ RULES: dict[str, ResumeRule] = {
     "parallel.pipeline_size": _LAYOUT,
     "parallel.virtual_pipeline_size": _LAYOUT,
     "parallel.context_size": _LAYOUT,
+    "parallel.context_exchange": _ROUNDING,
+    "parallel.context_sharding": _LAYOUT,
+    "parallel.context_node_size": _ROUNDING,
     "parallel.sequence_parallel": _LAYOUT,
     "parallel.distributed_optimizer": ResumeRule(
         False, "the optimizer state is stored in another form with and without it"

@@ -77,6 +77,21 @@ class Recompute(StrEnum):
     full = "full"
 
 
+class ContextExchange(StrEnum):
+    """Which keys and values context-parallel processes send to each other."""
+
+    all_gather = "all_gather"
+    block_sparse = "block_sparse"
+    auto = "auto"
+
+
+class ContextSharding(StrEnum):
+    """Which parts of a sequence a context-parallel process holds."""
+
+    zigzag = "zigzag"
+    contiguous = "contiguous"
+
+
 class WandbMode(StrEnum):
     """Where W&B writes."""
 
@@ -222,6 +237,16 @@ class ParallelConfig:
     """Model chunks per pipeline stage (VPP); null is off."""
     context_size: int = 1
     """Context-parallel processes (CP)."""
+    context_exchange: ContextExchange = ContextExchange.all_gather
+    """all_gather: all keys and values, sent while blocks are selected; block_sparse: the blocks that the
+    receiver's queries attend to, after selection, for which the host waits for the device in every layer;
+    auto: in each layer and micro-batch what is fewer bytes."""
+    context_sharding: ContextSharding = ContextSharding.zigzag
+    """zigzag: one chunk from each end of a sequence, so that all processes score as many blocks; contiguous:
+    one piece, so that windows and documents lie on fewer processes."""
+    context_node_size: int | None = None
+    """Context-parallel processes on one node: keys cross to each other node once, then spread inside it;
+    null sends to all processes alike."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
     distributed_optimizer: bool = True

@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.flops import padded_vocab_size
-from phsa_megatron.config.schema import Dtype, TrainConfig
+from phsa_megatron.config.schema import ContextSharding, Dtype, TrainConfig
 from phsa_megatron.model.norm import RMSNorm
+from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.parallel.mcore import mtp_block_spec
@@ -63,6 +64,14 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    if config.parallel.context_size > 1 and config.parallel.context_sharding == ContextSharding.contiguous:
+        gpt.rotary_pos_emb = ContiguousRotaryEmbedding(
+            kv_channels=model.head_dim,
+            rotary_percent=1.0,
+            rotary_base=model.rope_base,
+            use_cpu_initialization=True,
+            cp_group=groups.collection.cp,
+        )
     if prediction is not None and model.tie_embeddings and not gpt.pre_process:
         # With prediction layers the last stage has the shared embedding as its output weight. megatron
         # allocates an output weight all the same, which nothing reads, and then refuses to save the model.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phsa_megatron.parallel.zigzag import natural_order, own_chunks, own_part, own_positions
+from phsa_megatron.parallel.sequence_sharding import natural_order, own_chunks, own_part, own_positions
 
 
 def test_two_chunks_from_both_ends():
