@@ -109,7 +109,7 @@ def derive(config: TrainConfig) -> Derived:
         total_tokens=sequences * length,
         warmup_sequences=optim.warmup_steps * optim.global_batch_sequences,
         decay_sequences=_decay_steps(config) * optim.global_batch_sequences,
-        max_documents_per_sequence=_max_documents(config),
+        max_documents_per_sequence=max_documents_per_sequence(config),
         layers_per_chunk=model.num_layers // pipeline_chunks(config),
         parameters=parameters,
         flops_per_sequence_dense=dense,
@@ -137,7 +137,8 @@ def _decay_steps(config: TrainConfig) -> int:
     return config.optim.decay_steps
 
 
-def _max_documents(config: TrainConfig) -> int:
+def max_documents_per_sequence(config: TrainConfig) -> int:
+    """Return the fixed number of documents that a sequence has room for; the rest becomes padding."""
     if config.data.max_documents_per_sequence is not None:
         return config.data.max_documents_per_sequence
     # One for the text and one for what does not fit and becomes padding.

@@ -25,13 +25,6 @@ def _context_parallel(config: TrainConfig) -> Iterator[str]:
             f"a multiple of 2 x {size}{per_chunk} = {unit}",
             f"use {multiples_around(length, unit)}",
         )
-    if config.model.mtp_num_layers:
-        yield broken(
-            "model.mtp_num_layers",
-            config.model.mtp_num_layers,
-            f"multi-token prediction is not verified with parallel.context_size={size}",
-            "set model.mtp_num_layers=0, or parallel.context_size=1",
-        )
 
 
 def _context_exchange(config: TrainConfig) -> Iterator[str]:
