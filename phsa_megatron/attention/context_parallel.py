@@ -32,8 +32,9 @@ from phsa_kernels.api import pool
 from phsa_megatron.attention.block_exchange import BlockExchange, BlockMap
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig, ContextExchange, ContextSharding
+from phsa_megatron.config.sequence_chunks import own_chunks
 from phsa_megatron.parallel.exchange import ContextGroups, Gathering, reduce_scatter, start_all_gather
-from phsa_megatron.parallel.sequence_sharding import natural_order, own_chunks, own_positions
+from phsa_megatron.parallel.sequence_sharding import natural_order, own_positions
 
 
 @dataclass(frozen=True)

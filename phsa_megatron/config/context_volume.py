@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phsa_megatron.config.derive import max_documents_per_sequence
+from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.schema import AttentionKind, ContextExchange, Dtype, TrainConfig
 
 
@@ -95,7 +95,7 @@ def _volume(config: TrainConfig, others: int, exchanged: ExchangedTokens | None)
     if config.attention.kind == AttentionKind.dense:
         return ContextVolume(0, 0, 0, 2 * sent * key, 2 * received * key)
     m = config.attention.block_tokens
-    num_blocks = rows * (config.data.seq_len_tokens // m + max_documents_per_sequence(config))
+    num_blocks = rows * (config.data.seq_len_tokens // m + documents_limit(config.data))
     return ContextVolume(
         boundary_keys_bytes=rows * 2 * (m - 1) * key * others,
         pooled_keys_bytes=rows * (own_tokens // m) * key * others,

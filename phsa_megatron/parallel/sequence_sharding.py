@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from phsa_megatron.config.schema import ContextSharding
-
-
-def own_chunks(
-    size: int, rank: int, sharding: ContextSharding = ContextSharding.zigzag
-) -> tuple[int, int]:
-    """Return the two chunks of process `rank` of `size`, in the order in which it holds them."""
-    if sharding == ContextSharding.contiguous:
-        return 2 * rank, 2 * rank + 1
-    return rank, 2 * size - 1 - rank
+from phsa_megatron.config.sequence_chunks import own_chunks
 
 
 def own_positions(

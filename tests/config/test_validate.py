@@ -8,6 +8,8 @@ from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.ranges import EXPLAINED_ELSEWHERE, RANGES, Range
 from phsa_megatron.config.schema import (
     AttentionKind,
+    ContextExchange,
+    ContextSharding,
     Device,
     GroupScore,
     KernelImpl,
@@ -64,9 +66,29 @@ BROKEN = [
         ["data.seq_len_tokens=516", "multiple of 2 x 4 = 8", "use 512 or 520"],
     ),
     (
-        "_context_parallel",
-        {"parallel.context_size": 2, "cluster.processes_per_node": 2, "model.mtp_num_layers": 1},
-        ["model.mtp_num_layers=1", "not verified with parallel.context_size=2", "set model.mtp_num_layers=0"],
+        "_context_exchange",
+        {"attention.kind": AttentionKind.dense, "parallel.context_exchange": ContextExchange.block_sparse},
+        ["context_exchange=block_sparse", "attends to every key", "context_exchange=all_gather"],
+    ),
+    (
+        "_context_exchange",
+        {"parallel.context_sharding": ContextSharding.contiguous, "model.mtp_num_layers": 1},
+        ["context_sharding=contiguous", "model.mtp_num_layers=1", "set parallel.context_sharding=zigzag"],
+    ),
+    (
+        "_context_nodes",
+        {"parallel.context_size": 4, "cluster.processes_per_node": 4, "parallel.context_node_size": 3},
+        ["context_node_size=3", "equal shares of parallel.context_size=4", "a divisor of 4"],
+    ),
+    (
+        "_context_nodes",
+        {
+            "parallel.context_size": 4,
+            "cluster.num_nodes": 2,
+            "cluster.processes_per_node": 2,
+            "parallel.context_node_size": 4,
+        },
+        ["context_node_size=4", "cluster.processes_per_node=2", "a smaller node size"],
     ),
     (
         "_processes_divide",
