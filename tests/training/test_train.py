@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.records import read_records
@@ -117,8 +118,14 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
             "evaluate.every_steps": 2,
             "checkpoint.save_every_steps": 2,
         },
+        {
+            "parallel.context_size": 2,
+            "parallel.context_sharding": "contiguous",
+            "parallel.context_exchange": "block_sparse",
+            "evaluate.every_steps": 2,
+        },
     ],
-    ids=["tensor", "sequence", "pipeline", "overlap", "context"],
+    ids=["tensor", "sequence", "pipeline", "overlap", "context", "blocks"],
 )
 def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config, run, monkeypatch, layout):
     """One checkpoint, continued by one process and by two: the same losses and gradients, to rounding."""
@@ -141,6 +148,29 @@ def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(tiny_config, run):
+    """Two steps each: tensor x pipeline, then data x context, then one process; data and losses are the same."""
+    common = {"model.vocab_size": 320, "optim.micro_batch_sequences": 1}
+    straight = run(tiny_config(**{"run.name": "one"}, **common))
+    four = {"run.name": "many", "cluster.processes_per_node": 4, **common}
+    layouts = [
+        {"parallel.tensor_size": 2, "parallel.sequence_parallel": True, "parallel.pipeline_size": 2},
+        {"parallel.context_size": 2, "parallel.context_exchange": "block_sparse"},
+    ]
+    for step, layout in zip((2, 4), layouts, strict=True):
+        config = tiny_config(**four, **layout)
+        results = _start(config, num_processes=4, PHSA_FAULT=f"sigterm@{step}")
+        assert [code for code, _, _ in results] == [0] * 4, results
+        assert f"step {step} of 6 is saved" in results[0][1]
+    alone = run(tiny_config(**{"run.name": "many"}, **common))
+    for name in ("train/loss_nats", "optim/grad_norm", "progress/consumed_tokens"):
+        expected = [step[name] for step in straight.steps if name in step]
+        assert len(expected) == 6
+        found = [step[name] for step in alone.steps if name in step]
+        assert found == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.slow
 def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_parallelism(tiny_config, run):
     """Two context-parallel processes report what one does, and one process finishes their stopped run."""
     common = {
@@ -157,6 +187,11 @@ def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_p
     stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@3:1")
     assert [code for code, _, _ in stopped] == [0, 0], stopped
     shutil.copytree(RunFolder.of(two).path, RunFolder.of(two).path.with_name("three"), symlinks=True)
+    volume = context_volume(two)
+    assert _curve(two, "perf/context_sent_bytes_per_layer") == pytest.approx(
+        # Whole steps of both processes, evaluations left out.
+        [volume.forward_bytes + volume.gradient_bytes] * 3
+    )
     alone = run(tiny_config(**{"run.name": "three"}, **common))
     assert len(alone.steps) == len(straight.steps) == 6
 
