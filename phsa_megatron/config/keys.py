@@ -47,6 +47,8 @@ _UNIT_BY_KEY = {
     "parallel.virtual_pipeline_size": "chunks per stage",
     "parallel.context_size": "processes",
     "parallel.context_node_size": "processes",
+    "parallel.expert_size": "processes",
+    "model.expert_topk": "experts",
     "optim.adam_eps": "none",
     "cluster.processes_per_node": "processes",
 }

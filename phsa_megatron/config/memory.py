@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phsa_megatron.config.flops import ParameterCount, is_dense
+from phsa_megatron.config.flops import ParameterCount, expert_weights, is_dense
 from phsa_megatron.config.schema import Dtype, KernelImpl, Recompute, TrainConfig
 
 _GIB = 1 << 30
@@ -46,6 +46,8 @@ def estimate_memory(
     parameters_here = layers_here * parameters.per_layer + parameters.embedding + parameters.mtp
     if parallel.pipeline_size == 1:
         parameters_here += parameters.output_layer
+    experts = layers_here * model.num_experts * expert_weights(model)
+    parameters_here -= experts - experts // parallel.expert_size
     here = parameters_here / parallel.tensor_size
     # fp32 training updates the weights themselves; bf16 training keeps fp32 masters beside the two moments.
     optimizer_bytes = (12 if config.run.dtype == Dtype.bf16 else 8) * here

@@ -175,6 +175,50 @@ def _sequence_parallel(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def _experts(config: TrainConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    size, processes = parallel.expert_size, world_size(config)
+    if not model.num_experts:
+        if size > 1:
+            yield broken(
+                "parallel.expert_size",
+                size,
+                "there are no experts to share (model.num_experts=0)",
+                "set parallel.expert_size=1, or model.num_experts",
+            )
+        return
+    if model.expert_topk > model.num_experts:
+        yield broken(
+            "model.expert_topk",
+            model.expert_topk,
+            f"a token uses different experts, and model.num_experts={model.num_experts}",
+            f"use at most {model.num_experts}",
+        )
+    if model.num_experts % size:
+        yield broken(
+            "parallel.expert_size",
+            size,
+            f"model.num_experts={model.num_experts} divide evenly among its processes",
+            f"use a divisor of {model.num_experts}",
+        )
+    share = processes // (parallel.tensor_size * parallel.pipeline_size)
+    if share and share % size:
+        yield broken(
+            "parallel.expert_size",
+            size,
+            f"it divides the data-parallel x context-parallel processes, which are {share}",
+            f"use a divisor of {share}",
+        )
+    if parallel.tensor_size > 1 and not parallel.sequence_parallel:
+        yield broken(
+            "parallel.sequence_parallel",
+            False,
+            f"experts with parallel.tensor_size={parallel.tensor_size} take their tokens from sequence-parallel "
+            "processes: megatron trains them only so",
+            "set parallel.sequence_parallel=true",
+        )
+
+
 def _overlap(config: TrainConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.overlap_param_gather and not parallel.distributed_optimizer:
@@ -203,6 +247,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     _virtual_pipeline,
     _tensor_parallel,
     _sequence_parallel,
+    _experts,
     _overlap,
 )
 """All of them, in the order of their messages."""

@@ -135,7 +135,7 @@ class ModelConfig:
     hidden_size: int = MISSING
     """Width of the residual stream."""
     ffn_hidden_size: int = MISSING
-    """Width of the SwiGLU inner layer."""
+    """Width of the SwiGLU inner layer; of each expert, if there are any."""
     num_query_heads: int = MISSING
     """Query heads."""
     num_kv_heads: int = MISSING
@@ -156,6 +156,12 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of weight initialization."""
+    num_experts: int = 0
+    """Experts in the MLP of every layer, of which each token uses expert_topk; 0 is one MLP for all tokens."""
+    expert_topk: int = 2
+    """Experts per token, weighted by softmax over the chosen ones; without experts it is not used."""
+    expert_balance_coeff: float = 0.0
+    """Weight of the auxiliary loss that balances experts, over the tokens of a micro-batch; 0 is off."""
     mtp_num_layers: int = 0
     """Multi-token-prediction depths after the main stack; 0 is none."""
 
@@ -247,6 +253,8 @@ class ParallelConfig:
     context_node_size: int | None = None
     """Context-parallel processes on one node: keys cross to each other node once, then spread inside it;
     null sends to all processes alike."""
+    expert_size: int = 1
+    """Processes that share the experts (EP): they are data- or context-parallel ones."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
     distributed_optimizer: bool = True

@@ -16,7 +16,7 @@ from phsa_megatron.model.norm import RMSNorm
 from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
 from phsa_megatron.parallel.groups import Groups
-from phsa_megatron.parallel.mcore import mtp_block_spec
+from phsa_megatron.parallel.mcore import mtp_block_spec, prepare_experts
 
 
 def build_model(config: TrainConfig, groups: Groups) -> list[MegatronModule]:
@@ -29,6 +29,8 @@ def build_model(config: TrainConfig, groups: Groups) -> list[MegatronModule]:
         ConfigError: the recipe asks for something that no layer here does; the message names the field.
     """
     num_chunks = config.parallel.virtual_pipeline_size
+    if config.model.num_experts:
+        prepare_experts()
     megatron_config = transformer_config(config)
     stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
     chunks = [_build_chunk(config, megatron_config, groups, stage).to(groups.device) for stage in stages]

@@ -119,6 +119,7 @@ class Groups:
         from megatron.core import parallel_state
 
         mcore.forget_mtp_losses()
+        mcore.forget_expert_losses()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -280,6 +281,7 @@ def _build_model_parallel(config: TrainConfig) -> None:
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size,
         context_parallel_size=layout.context_size,
+        expert_model_parallel_size=layout.expert_size,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT_S // 60),
     )
 
