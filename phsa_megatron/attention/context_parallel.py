@@ -11,13 +11,13 @@ queries:
 4. The own queries attend over all keys, in natural order. Backward sums the gradients of keys and values
    over processes and leaves each process its own (reduce-scatter, in the dtype of the keys).
 
-With `parallel.context_exchange=block_sparse` the blocks that own queries attend to take the place of all keys in
-3 and 4 (`block_exchange.py`): they are known and sent after selection. `auto` chooses, layer by layer, what is
-fewer bytes. Keys are the same bit for bit in all modes.
+With `parallel.context_exchange=block_sparse` the blocks that own queries attend to take the place of all keys
+in 3 and 4 (`block_exchange.py`): they are known and sent after selection. `auto` chooses, layer by layer,
+what is fewer bytes. Keys are the same bit for bit in all modes.
 
 No gradient flows through 1 and 2. But for the exchanged blocks all shapes follow from the settings; nothing
-depends on where documents start. Letters as in `core_attention.py`; c = S / (2 * CP) tokens of a chunk, m tokens
-of a block.
+depends on where documents start. Letters as in `core_attention.py`; c = S / (2 * CP) tokens of a chunk, m
+tokens of a block.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class ContextShard:
         return pooled.masked_fill(~owners.is_block[:, None, None, None], 0.0)
 
     def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering | None:
-        """Start to gather the keys and values [b * S / CP, Hkv, D] of all processes, if it is sure that all go."""
+        """Start to gather keys and values [b * S / CP, Hkv, D] of all processes, if it is sure that all go."""
         if self.exchange != ContextExchange.all_gather:
             return None
         return self._start_all(key, value)

@@ -47,7 +47,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         mtp_depth: int = 0,
         **newer: Any,
     ) -> None:
-        """Take what megatron passes to a core attention, and from the layer spec the settings and `mtp_depth`.
+        """Take what megatron passes to a core attention, and from the layer spec settings and `mtp_depth`.
 
         `parallel` says how keys are exchanged with other context-parallel processes; None takes its defaults.
 
@@ -76,9 +76,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
                 f"hybrid_context_parallel is on: {type(self).__name__} shards every sequence over one group "
                 "of parallel.context_size processes; turn it off"
             )
-        self.context_groups = (
-            None if config.context_parallel_size == 1 else ContextGroups.of(pg_collection)
-        )
+        self.context_groups = None if config.context_parallel_size == 1 else ContextGroups.of(pg_collection)
         self.layer_number = layer_number
         self.attention = attention
         self.parallel = parallel or ParallelConfig()

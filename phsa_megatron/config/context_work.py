@@ -118,4 +118,4 @@ def _packings(length: int) -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    print(table())  # noqa: T201
+    print(table())

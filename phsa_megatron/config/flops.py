@@ -47,7 +47,7 @@ def padded_vocab_size(model: ModelConfig, tensor_size: int) -> int:
 def layer_product_weights(model: ModelConfig) -> int:
     """Return the weights that multiply each token in one layer.
 
-    Those of q, k, v, output projection, SwiGLU in and out; with experts those of the chosen ones and the router.
+    Those of q, k, v, output projection, SwiGLU in and out; with experts the chosen ones and the router.
     """
     q_width = model.num_query_heads * model.head_dim
     kv_width = model.num_kv_heads * model.head_dim

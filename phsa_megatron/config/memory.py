@@ -46,9 +46,9 @@ def estimate_memory(
     parameters_here = layers_here * parameters.per_layer + parameters.embedding + parameters.mtp
     if parallel.pipeline_size == 1:
         parameters_here += parameters.output_layer
+    # Experts are shared by other processes than the tensor-parallel ones, each whole.
     experts = layers_here * model.num_experts * expert_weights(model)
-    parameters_here -= experts - experts // parallel.expert_size
-    here = parameters_here / parallel.tensor_size
+    here = (parameters_here - experts) / parallel.tensor_size + experts / parallel.expert_size
     # fp32 training updates the weights themselves; bf16 training keeps fp32 masters beside the two moments.
     optimizer_bytes = (12 if config.run.dtype == Dtype.bf16 else 8) * here
     if parallel.distributed_optimizer:

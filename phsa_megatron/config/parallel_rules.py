@@ -201,20 +201,28 @@ def _experts(config: TrainConfig) -> Iterator[str]:
             f"model.num_experts={model.num_experts} divide evenly among its processes",
             f"use a divisor of {model.num_experts}",
         )
-    share = processes // (parallel.tensor_size * parallel.pipeline_size)
+    share = processes // parallel.pipeline_size
     if share and share % size:
         yield broken(
             "parallel.expert_size",
             size,
-            f"it divides the data-parallel x context-parallel processes, which are {share}",
+            f"it divides the processes of a pipeline stage, which are {share}",
             f"use a divisor of {share}",
+        )
+    if parallel.tensor_size > 1 and size == 1:
+        yield broken(
+            "parallel.expert_size",
+            1,
+            f"experts are whole, and with parallel.tensor_size={parallel.tensor_size} megatron sums their "
+            "gradients over all processes that hold them only if several processes share the experts",
+            "set parallel.expert_size=2 or more, or parallel.tensor_size=1",
         )
     if parallel.tensor_size > 1 and not parallel.sequence_parallel:
         yield broken(
             "parallel.sequence_parallel",
             False,
-            f"experts with parallel.tensor_size={parallel.tensor_size} take their tokens from sequence-parallel "
-            "processes: megatron trains them only so",
+            f"experts with parallel.tensor_size={parallel.tensor_size} take their tokens from "
+            "sequence-parallel processes: megatron trains them only so",
             "set parallel.sequence_parallel=true",
         )
 

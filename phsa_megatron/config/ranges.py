@@ -62,7 +62,7 @@ RANGES: dict[str, Range] = {
     "model.norm_eps": _POSITIVE,
     "model.init_std": _POSITIVE,
     "model.num_experts": _FROM_ZERO,
-    "model.expert_topk": _FROM_ONE,
+    "model.expert_topk": Range(2),
     "model.expert_balance_coeff": _FROM_ZERO,
     "model.mtp_num_layers": _FROM_ZERO,
     "attention.block_tokens": _FROM_ONE,

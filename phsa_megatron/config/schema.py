@@ -157,9 +157,9 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of weight initialization."""
     num_experts: int = 0
-    """Experts in the MLP of every layer, of which each token uses expert_topk; 0 is one MLP for all tokens."""
+    """Experts in the MLP of every layer; each token uses expert_topk of them; 0 is one MLP for all."""
     expert_topk: int = 2
-    """Experts per token, weighted by softmax over the chosen ones; without experts it is not used."""
+    """Experts per token, weighted by softmax over the chosen ones, so at least 2; unused without experts."""
     expert_balance_coeff: float = 0.0
     """Weight of the auxiliary loss that balances experts, over the tokens of a micro-batch; 0 is off."""
     mtp_num_layers: int = 0
@@ -254,7 +254,7 @@ class ParallelConfig:
     """Context-parallel processes on one node: keys cross to each other node once, then spread inside it;
     null sends to all processes alike."""
     expert_size: int = 1
-    """Processes that share the experts (EP): they are data- or context-parallel ones."""
+    """Processes that share the experts (EP), each expert whole: among all those of a pipeline stage."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
     distributed_optimizer: bool = True

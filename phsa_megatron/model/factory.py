@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.flops import padded_vocab_size
 from phsa_megatron.config.schema import ContextSharding, Dtype, TrainConfig
+from phsa_megatron.model.experts import draw_expert_weights
 from phsa_megatron.model.norm import RMSNorm
 from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
@@ -74,6 +75,8 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
             use_cpu_initialization=True,
             cp_group=groups.collection.cp,
         )
+    if model.num_experts:
+        draw_expert_weights(gpt, config.run.seed)
     if prediction is not None and model.tie_embeddings and not gpt.pre_process:
         # With prediction layers the last stage has the shared embedding as its output weight. megatron
         # allocates an output weight all the same, which nothing reads, and then refuses to save the model.

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from phsa_megatron.config.schema import Dtype, Recompute, TrainConfig
+from phsa_megatron.parallel.mcore import balancing_loss_factor
 
 _TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -78,15 +79,17 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
 
 
 def _experts(config: TrainConfig) -> dict[str, Any]:
-    model = config.model
+    model, parallel = config.model, config.parallel
     if not model.num_experts:
         return {}
+    balance = balancing_loss_factor(parallel.context_size * parallel.tensor_size)
     return {
         "num_moe_experts": model.num_experts,
+        "expert_tensor_parallel_size": 1,
         "moe_ffn_hidden_size": model.ffn_hidden_size,
         "moe_router_topk": model.expert_topk,
         "moe_router_load_balancing_type": "aux_loss" if model.expert_balance_coeff else "none",
-        "moe_aux_loss_coeff": model.expert_balance_coeff,
+        "moe_aux_loss_coeff": model.expert_balance_coeff * balance,
         # Near ties between experts are decided, and outputs averaged, in fp32 whatever the weights are.
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",

@@ -105,7 +105,7 @@ METRICS: dict[str, Metric] = {
             "perf/context_sent_bytes_per_layer",
             "bytes",
             "mean over processes, layers, micro-batches and steps since the last record",
-            "Sent to other context-parallel processes in training, forward, recomputation and backward together.",
+            "Sent to other context-parallel processes in training: forward, recomputation and backward.",
         ),
         Metric(
             "perf/context_sent_across_nodes_bytes_per_layer",

@@ -123,7 +123,7 @@ def reduce_scatter(parts: Tensor, groups: ContextGroups) -> Tensor:
     if len(groups.levels()) == 1:
         return _reduce_scatter(parts, groups, groups.whole)
     across, inside = groups.levels()
-    by_place = parts.unflatten(0, (across.size(), inside.size())).transpose(0, 1)
+    by_place = parts.view(across.size(), inside.size(), *parts.shape[1:]).transpose(0, 1)
     return _reduce_scatter(_reduce_scatter(by_place, groups, inside), groups, across)
 
 
@@ -178,8 +178,9 @@ class _SendRows(torch.autograd.Function):
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = grad.new_zeros(ctx.num_rows, *grad.shape[1:], dtype=wide)
         # One process after the other: rows of one are different, so that the order of sums is fixed.
+        sizes = list(route.num_sent)
         for rows, part in zip(
-            route.rows.split(list(route.num_sent)), returned.split(list(route.num_sent)), strict=True
+            route.rows.split_with_sizes(sizes), returned.split_with_sizes(sizes), strict=True
         ):
             total.index_add_(0, rows, part.to(wide))
         return total.to(grad.dtype), None

@@ -69,9 +69,7 @@ class Groups:
 
     def own_part(self, rows: Tensor) -> Tensor:
         """Return [b, S / CP]: what this process holds of `rows` [b, S], on any device."""
-        return sequence_sharding.own_part(
-            rows, self.context_size, self.context_rank, self.context_sharding
-        )
+        return sequence_sharding.own_part(rows, self.context_size, self.context_rank, self.context_sharding)
 
     def any_true(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process. Every process must call it."""
@@ -282,6 +280,8 @@ def _build_model_parallel(config: TrainConfig) -> None:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size,
         context_parallel_size=layout.context_size,
         expert_model_parallel_size=layout.expert_size,
+        # An expert is whole in one process; without experts megatron's default makes the same groups.
+        expert_tensor_parallel_size=1 if config.model.num_experts else None,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT_S // 60),
     )
 

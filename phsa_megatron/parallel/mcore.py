@@ -142,8 +142,19 @@ def prepare_experts() -> None:
             return tensor.numpy()
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
-    if original.__module__ == module.__name__:
-        token_dispatcher.maybe_move_tensor_to_cpu = move
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def balancing_loss_factor(num_sharing: int) -> int:
+    """Return what the weight of the experts' balancing loss is multiplied by.
+
+    Every process that shares a sequence adds its part of this loss. 0.16.1 weights each part with the tokens
+    of that process alone, so that the sum is too small by as many as share; 0.19.2 weights with all.
+
+    Args:
+        num_sharing: context-parallel x sequence-parallel processes.
+    """
+    return num_sharing if installed_version() < (0, 19) else 1
 
 
 def forget_expert_losses() -> None:

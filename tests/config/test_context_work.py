@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 
 
 def _counted(bounds, attention, own):
-    """Returns (pairs that the reference scores, pairs that it attends) for the queries `own`, counted by it."""
+    """Returns the pairs that the reference scores and attends for the queries `own`, and the blocks."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(bounds[-1], 1, 4, generator=generator) for _ in range(3))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
@@ -91,7 +91,8 @@ def test_reachable_tokens_equal_a_set_of_tokens(bounds, sharding):
 def test_zigzag_balances_scoring_of_one_document_and_contiguous_does_not():
     attention = AttentionConfig(init_tokens=128, local_tokens=512)
     zigzag, contiguous = (
-        [w.scored_pairs for w in context_work([0, 32768], attention, 4, sharding)] for sharding in ContextSharding
+        [w.scored_pairs for w in context_work([0, 32768], attention, 4, sharding)]
+        for sharding in ContextSharding
     )
     assert max(zigzag) == min(zigzag)
     assert max(contiguous) > 1.7 * sum(contiguous) / 4

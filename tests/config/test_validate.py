@@ -18,6 +18,7 @@ from phsa_megatron.config.schema import (
 )
 
 # rule -> settings that break it and nothing else, and what its message must say: field and value, rule, fix.
+SMALL = {"optim.micro_batch_sequences": 1}
 BROKEN = [
     ("_run_name", {"run.name": "a/b"}, ["run.name='a/b'", "names a folder", "choose another"]),
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
@@ -89,6 +90,42 @@ BROKEN = [
             "parallel.context_node_size": 4,
         },
         ["context_node_size=4", "cluster.processes_per_node=2", "a smaller node size"],
+    ),
+    ("_experts", {"parallel.expert_size": 2}, ["expert_size=2", "model.num_experts=0", "expert_size=1"]),
+    (
+        "_experts",
+        {"model.num_experts": 2, "model.expert_topk": 3},
+        ["expert_topk=3", "model.num_experts=2", "use at most 2"],
+    ),
+    (
+        "_experts",
+        {"model.num_experts": 3, "parallel.expert_size": 2, "cluster.processes_per_node": 2, **SMALL},
+        ["expert_size=2", "model.num_experts=3", "a divisor of 3"],
+    ),
+    (
+        "_experts",
+        {"model.num_experts": 4, "parallel.expert_size": 4, "cluster.processes_per_node": 2, **SMALL},
+        ["expert_size=4", "processes of a pipeline stage, which are 2", "a divisor of 2"],
+    ),
+    (
+        "_experts",
+        {
+            "model.num_experts": 4,
+            "parallel.tensor_size": 2,
+            "parallel.sequence_parallel": True,
+            "cluster.processes_per_node": 2,
+        },
+        ["expert_size=1", "parallel.tensor_size=2", "expert_size=2 or more"],
+    ),
+    (
+        "_experts",
+        {
+            "model.num_experts": 4,
+            "parallel.tensor_size": 2,
+            "parallel.expert_size": 2,
+            "cluster.processes_per_node": 2,
+        },
+        ["sequence_parallel=False", "parallel.tensor_size=2", "sequence_parallel=true"],
     ),
     (
         "_processes_divide",

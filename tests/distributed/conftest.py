@@ -63,7 +63,9 @@ def results(folder, tiny_config):
     """Returns {layout: results of its ranks}, references included; one start for each number of processes."""
     one = [(f"one-{v}", layout_config(tiny_config, 1, o)) for v, o in VARIANTS.items()]
     one.append(("one-batched", layout_config(tiny_config, 1, {"optim__micro_batch_sequences": 2})))
-    one.append(("one-bf16-k1", layout_config(tiny_config, 1, VARIANTS["bf16"] | {"attention__train_topk": 1})))
+    one.append(
+        ("one-bf16-k1", layout_config(tiny_config, 1, VARIANTS["bf16"] | {"attention__train_topk": 1}))
+    )
     one.append(("one-k1", layout_config(tiny_config, 1, {"attention__train_topk": 1})))
     jobs = {1: one, 2: [], 4: [], 8: []}
     for layout, variant in CASES:

@@ -17,16 +17,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"model__tie_embeddings": True},
     "dense": {"attention__kind": AttentionKind.dense},
     "bf16": {"run__dtype": Dtype.bf16},
+    "experts": {"model__num_experts": 8, "model__expert_topk": 3, "model__expert_balance_coeff": 0.1},
 }
 TP2, PP2, CP2 = ({f"parallel__{kind}_size": 2} for kind in ("tensor", "pipeline", "context"))
 SP, VPP2 = {"parallel__sequence_parallel": True}, {"parallel__virtual_pipeline_size": 2}
 FULL, SELECTIVE = ({"parallel__recompute": r} for r in (Recompute.full, Recompute.selective))
 CP4 = {"parallel__context_size": 4}
 SPARSE, AUTO = (
-    {"parallel__context_exchange": exchange} for exchange in (ContextExchange.block_sparse, ContextExchange.auto)
+    {"parallel__context_exchange": exchange}
+    for exchange in (ContextExchange.block_sparse, ContextExchange.auto)
 )
 CONTIGUOUS = {"parallel__context_sharding": ContextSharding.contiguous}
 # Nodes of two context-parallel processes each.
+EP2, EP4 = ({"parallel__expert_size": size} for size in (2, 4))
 NODES = {"parallel__context_node_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
@@ -34,7 +37,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, PP2),
     "pp2_vpp2": (2, PP2 | VPP2),
     "dp2": (2, {}),
+    "dp2_ep2": (2, EP2),
     "cp2": (2, CP2),
+    "cp2_ep2": (2, CP2 | EP2),
     "cp2_full": (2, CP2 | FULL),
     "cp2_sparse": (2, CP2 | SPARSE),
     "cp2_sparse_full": (2, CP2 | SPARSE | FULL),
@@ -59,6 +64,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2_cp2_contiguous_sparse": (4, CP2 | CONTIGUOUS | SPARSE),
     "pp4": (4, {"parallel__pipeline_size": 4}),
     "tp2_pp2_vpp2_sp": (4, TP2 | PP2 | VPP2 | SP),
+    "tp2_sp_ep2": (2, TP2 | SP | EP2),
+    "tp2_sp_dp2_ep2": (4, TP2 | SP | EP2),
+    "pp2_dp2_ep2": (4, PP2 | EP2),
+    "dp2_cp2_ep4_sparse": (4, CP2 | EP4 | SPARSE),
     "tp2_pp2_vpp2_sp_full": (4, TP2 | PP2 | VPP2 | SP | FULL),
     "tp2_cp2_pp2": (8, TP2 | CP2 | PP2),
     "tp2_cp4_nodes_sparse": (8, TP2 | CP4 | NODES | SPARSE),
@@ -68,7 +77,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 BASIC = ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2")
 CASES = [
     *((layout, variant) for layout in BASIC for variant in ("plain", "tied_mtp")),
-    *((layout, "plain") for layout in LAYOUTS if layout not in BASIC),
+    *((layout, "plain") for layout in LAYOUTS if layout not in BASIC and "_ep" not in layout),
+    *((layout, "experts") for layout in ("pp2", "dp2", "cp2")),
+    *((layout, "experts") for layout in LAYOUTS if "_ep" in layout),
     ("cp2_pp2", "tied"),
     ("cp2", "tied_mtp"),
     ("cp4", "tied_mtp"),
@@ -95,6 +106,7 @@ _HEADINGS = {
     "tied_mtp": "PHSA, tied embeddings, multi-token prediction",
     "dense": "dense",
     "bf16": "PHSA, bf16",
+    "experts": "PHSA, experts",
 }
 
 
@@ -105,7 +117,7 @@ def passes(layout: str) -> int:
 
 def table() -> str:
     """Return the layouts as a Markdown table, one line each."""
-    columns = ["processes", "TP", "SP", "PP", "VPP", "CP", "DP"]
+    columns = ["processes", "TP", "SP", "PP", "VPP", "CP", "DP", "EP"]
     columns += ["sharding", "exchange", "nodes", "recompute", *_HEADINGS.values()]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for layout, (processes, changes) in LAYOUTS.items():
@@ -119,6 +131,7 @@ def table() -> str:
             changes.get("parallel__virtual_pipeline_size", 1),
             sizes["context"],
             copies,
+            changes.get("parallel__expert_size", 1),
             *_context(changes),
             changes.get("parallel__recompute", Recompute.none).value,
             *("equal" if (layout, variant) in CASES else "" for variant in _HEADINGS),

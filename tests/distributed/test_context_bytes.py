@@ -69,7 +69,9 @@ def _exchanged(selected, owned, layer: int, number: int, config) -> list[tuple[C
 def _expected(ranks, config, times: int):
     """Returns, for each rank, the bytes of each collective by level."""
     size, parallel = config.parallel.context_size, config.parallel
-    owned = [set(own_positions(SEQ_LEN_TOKENS, size, r, parallel.context_sharding).tolist()) for r in range(size)]
+    owned = [
+        set(own_positions(SEQ_LEN_TOKENS, size, r, parallel.context_sharding).tolist()) for r in range(size)
+    ]
     everything = [Counter() for _ in ranks]
     for peers in {rank["context_peers"] for rank in ranks}:
         selected = [ranks[peer]["selected"] for peer in peers]
@@ -86,7 +88,9 @@ def _is_sparse(exchanged, config) -> bool:
     if parallel.context_exchange != ContextExchange.auto:
         return parallel.context_exchange == ContextExchange.block_sparse
     node_size = parallel.context_node_size
-    level, others = ("across", parallel.context_size // node_size) if node_size else ("inside", parallel.context_size)
+    level, others = (
+        ("across", parallel.context_size // node_size) if node_size else ("inside", parallel.context_size)
+    )
     most = max(sent[level] for sent, _ in exchanged)
     return most < (others - 1) * SEQ_LEN_TOKENS // parallel.context_size
 
@@ -102,7 +106,9 @@ def _bytes(config, counts, times: int) -> Counter:
     for level, volume in volumes.items():
         back = "reduce_scatter_tensor" if counts is None else "all_to_all_single"
         keys = "all_gather_into_tensor" if counts is None else "all_to_all_single"
-        found["all_gather_into_tensor", level] += times * (volume.forward_bytes - volume.keys_and_values_bytes)
+        found["all_gather_into_tensor", level] += times * (
+            volume.forward_bytes - volume.keys_and_values_bytes
+        )
         found[keys, level] += times * volume.keys_and_values_bytes
         found[back, level] += volume.gradient_bytes
     return found

@@ -94,7 +94,7 @@ def test_every_query_selects_the_same_blocks(results, layout, variant):
     assert _selected(results[f"{layout}-{variant}"]) == expected
 
 
-@pytest.mark.parametrize("variant", ["plain", "tied", "tied_mtp"])
+@pytest.mark.parametrize("variant", ["plain", "tied", "tied_mtp", "experts"])
 def test_selection_is_not_a_matter_of_rounding(results, variant):
     """Equal blocks show something: no scores at the edge of a choice are as close as rounding errors."""
     (reference,) = results[f"one-{variant}"]

@@ -124,18 +124,27 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
             "parallel.context_exchange": "block_sparse",
             "evaluate.every_steps": 2,
         },
+        {
+            "model.num_experts": 4,
+            "model.expert_balance_coeff": 0.01,
+            "optim.micro_batch_sequences": 1,
+            "parallel.expert_size": 2,
+            "checkpoint.save_every_steps": 4,
+        },
     ],
-    ids=["tensor", "sequence", "pipeline", "overlap", "context", "blocks"],
+    ids=["tensor", "sequence", "pipeline", "overlap", "context", "blocks", "experts"],
 )
 def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config, run, monkeypatch, layout):
     """One checkpoint, continued by one process and by two: the same losses and gradients, to rounding."""
     # A multiple of the padding for every tensor-parallel size: padding rows take part in the softmax.
-    common = {"model.vocab_size": 320}
+    model = {key: value for key, value in layout.items() if key.startswith("model.")}
+    # Balance is over a micro-batch, so that its size is a part of the loss.
+    common = {"model.vocab_size": 320, **model, **({"optim.micro_batch_sequences": 1} if model else {})}
     one = tiny_config(**{"run.name": "one"}, **common)
     monkeypatch.setenv("PHSA_FAULT", "sigterm@2")
     assert run(one).outcome.step == 2
     monkeypatch.delenv("PHSA_FAULT")
-    two = tiny_config(**{"run.name": "two", "cluster.processes_per_node": 2}, **common, **layout)
+    two = tiny_config(**{"run.name": "two", "cluster.processes_per_node": 2}, **(common | layout))
     shutil.copytree(RunFolder.of(one).path, RunFolder.of(two).path, symlinks=True)
 
     straight = run(one)
@@ -148,9 +157,7 @@ def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(
-    tiny_config, run, monkeypatch
-):
+def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(tiny_config, run, monkeypatch):
     """One process, then tensor x pipeline, then data x context: data, losses and gradients are the same."""
     common = {"model.vocab_size": 320, "optim.micro_batch_sequences": 1}
     straight = run(tiny_config(**{"run.name": "one"}, **common))
@@ -163,9 +170,7 @@ def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(
     stopped = _start(tiny_config(**four, **pipeline), num_processes=4, PHSA_FAULT="sigterm@3")
     assert [code for code, _, _ in stopped] == [0] * 4, stopped
     assert "step 3 of 6 is saved" in stopped[0][1]
-    last = tiny_config(
-        **four, **{"parallel.context_size": 2, "parallel.context_exchange": "block_sparse"}
-    )
+    last = tiny_config(**four, **{"parallel.context_size": 2, "parallel.context_exchange": "block_sparse"})
     ended = _start(last, num_processes=4)
     assert [code for code, _, _ in ended] == [0] * 4, ended
     for name in ("train/loss_nats", "optim/grad_norm", "progress/consumed_tokens"):
