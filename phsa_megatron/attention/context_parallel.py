@@ -153,7 +153,7 @@ class ContextShard:
         return pooled.masked_fill(~owners.is_block[:, None, None, None], 0.0)
 
     def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering | None:
-        """Start to gather keys and values [b * S / CP, Hkv, D] of all processes, if it is sure that all go."""
+        """Start to gather keys and values [b * S / CP, Hkv, D] of all, if it is sure that all go."""
         if self.exchange != ContextExchange.all_gather:
             return None
         return self._start_all(key, value)

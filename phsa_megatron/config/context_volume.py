@@ -1,4 +1,4 @@
-"""What a layer's attention sends between context-parallel processes, in bytes: formulas that counts are held to."""
+"""What a layer sends between context-parallel processes, in bytes: formulas that counts are held to."""
 
 from __future__ import annotations
 

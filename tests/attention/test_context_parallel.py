@@ -216,6 +216,35 @@ def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way
             assert torch.equal(recorder.ids, kept.ids[recorder.tokens])
 
 
+def _sent_bytes(sent, way, bounds, size=4):
+    """Returns what one forward and backward pass sends on all processes: (in all, across nodes)."""
+    sent.clear()
+    parallel = _parallel(*WAYS[way])
+    upstream = torch.ones(S, B, HEADS * D, dtype=torch.float64)
+    args = (PHSACoreAttention, _settings(), DOCUMENTS[bounds], upstream)
+    node_size = parallel.context_node_size
+    on_all(size, lambda group: _run(*args, group, parallel=parallel), node_size)
+    places = [(i, i + node_size) for i in range(node_size)] if node_size else []
+    across = sum(n for (_, members), n in sent.items() if members in places)
+    return sum(sent.values()), across
+
+
+def test_every_key_crosses_to_the_other_node_once(sent):
+    flat, _ = _sent_bytes(sent, "all_gather", "straddling")
+    total, across = _sent_bytes(sent, "nodes", "straddling")
+    # Two of the three others are on the other node; one of three copies goes there.
+    assert total == flat == 3 * across
+
+
+def test_needed_blocks_cross_no_more_often_than_all_keys_and_stay_at_home_with_their_documents(sent):
+    everything, crossing = _sent_bytes(sent, "nodes", "many short")
+    blocks, crossing_blocks = _sent_bytes(sent, "nodes_block_sparse", "many short")
+    assert 0 < crossing_blocks < crossing / 2 and blocks < everything / 2
+    contiguous, _ = _sent_bytes(sent, "contiguous_block_sparse", "many short")
+    flat, _ = _sent_bytes(sent, "block_sparse", "many short")
+    assert contiguous < flat, "a document lies on fewer processes"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "block_tokens"), [(2, 1), (2, 4), (4, 4), (3, 16), (4, 12)])
 def test_pooled_keys_equal_one_process_bit_for_bit_wherever_documents_start(size, block_tokens, dtype):
