@@ -58,10 +58,8 @@ def context_volume(config: TrainConfig, exchanged: ExchangedTokens | None = None
 
     Args:
         config: the recipe.
-        exchanged: what the blocks needed by other processes came to; None if all keys are gathered.
-
-    Raises:
-        ValueError: `parallel.context_exchange=block_sparse` without `exchanged`.
+        exchanged: what the blocks needed by other processes came to; None counts all keys: those of a gather,
+            or the most that needed blocks can come to.
     """
     return _volume(config, config.parallel.context_size - 1, exchanged)
 
@@ -74,7 +72,7 @@ def volume_across_nodes(config: TrainConfig, exchanged: ExchangedTokens | None =
 
     Args:
         config: the recipe.
-        exchanged: tokens sent to and received from other nodes; None if all keys are gathered.
+        exchanged: tokens sent to and received from other nodes; None counts all keys.
     """
     node_size = config.parallel.context_node_size
     if node_size is None:
@@ -85,8 +83,6 @@ def volume_across_nodes(config: TrainConfig, exchanged: ExchangedTokens | None =
 def _volume(config: TrainConfig, others: int, exchanged: ExchangedTokens | None) -> ContextVolume:
     size, rows = config.parallel.context_size, config.optim.micro_batch_sequences
     exchange = config.parallel.context_exchange
-    if exchange == ContextExchange.block_sparse and exchanged is None and size > 1:
-        raise ValueError("parallel.context_exchange=block_sparse: how much is sent depends on the data")
     element = 2 if config.run.dtype == Dtype.bf16 else 4
     own_tokens = config.data.seq_len_tokens // size
     key = config.model.num_kv_heads // config.parallel.tensor_size * config.model.head_dim * element

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+@contextmanager
+def random_numbers_of_experts_apart() -> Iterator[None]:
+    """Build models whose other weights do not depend on how many experts this process has."""
+    original = SequentialMLP.__init__
+
+    def init(self: SequentialMLP, *args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            original(self, *args, **kwargs)
+
+    SequentialMLP.__init__ = init
+    try:
+        yield
+    finally:
+        SequentialMLP.__init__ = original
 
 
 @torch.no_grad()
