@@ -158,10 +158,11 @@ def balancing_loss_factor(num_sharing: int) -> int:
 
 
 def forget_expert_losses() -> None:
-    """Empty megatron's process-wide sums of balancing losses: the next model may have other layers."""
+    """Empty megatron's process-wide sums of balancing losses, and their scale: the next model has others."""
     from megatron.core.transformer.moe import moe_utils
 
     module: Any = moe_utils
+    module.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if hasattr(module, "get_moe_layer_wise_logging_tracker"):  # 0.16.1
         module.get_moe_layer_wise_logging_tracker().clear()
     else:
