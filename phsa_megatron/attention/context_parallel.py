@@ -1,6 +1,7 @@
 """Attention whose queries, keys and values lie on several processes, exact to the bit of the selection.
 
-Each process owns two chunks of every row (`parallel/zigzag.py`) and computes the output of its own queries:
+Each process owns two chunks of every row (`parallel/sequence_sharding.py`) and computes the output of its own
+queries:
 
 1. The first m - 1 keys of every chunk are gathered: a document may start at any token, so that a block may
    begin in one chunk and end in the next. A block belongs to the process that has its first token.
@@ -10,8 +11,13 @@ Each process owns two chunks of every row (`parallel/zigzag.py`) and computes th
 4. The own queries attend over all keys, in natural order. Backward sums the gradients of keys and values
    over processes and leaves each process its own (reduce-scatter, in the dtype of the keys).
 
-No gradient flows through 1 and 2. All shapes follow from the settings; nothing depends on where documents
-start. Letters as in `core_attention.py`; c = S / (2 * CP) tokens of a chunk, m tokens of a block.
+With `parallel.context_exchange=block_sparse` the blocks that own queries attend to take the place of all keys
+in 3 and 4 (`block_exchange.py`): they are known and sent after selection. `auto` chooses, layer by layer,
+what is fewer bytes. Keys are the same bit for bit in all modes.
+
+No gradient flows through 1 and 2. But for the exchanged blocks all shapes follow from the settings; nothing
+depends on where documents start. Letters as in `core_attention.py`; c = S / (2 * CP) tokens of a chunk, m
+tokens of a block.
 """
 
 from __future__ import annotations
@@ -20,14 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from phsa_kernels.api import pool
+from phsa_megatron.attention.block_exchange import BlockExchange, BlockMap
 from phsa_megatron.attention.side_info import SideInfo
-from phsa_megatron.config.schema import AttentionConfig
-from phsa_megatron.parallel.exchange import Gathering, reduce_scatter, start_all_gather
-from phsa_megatron.parallel.zigzag import natural_order, own_chunks, own_positions
+from phsa_megatron.config.schema import AttentionConfig, ContextExchange, ContextSharding
+from phsa_megatron.config.sequence_chunks import own_chunks
+from phsa_megatron.parallel.exchange import ContextGroups, Gathering, reduce_scatter, start_all_gather
+from phsa_megatron.parallel.sequence_sharding import natural_order, own_positions
 
 
 @dataclass(frozen=True)
@@ -65,24 +72,33 @@ class DocumentPiece:
 class ContextShard:
     """This process's part of every row of a micro-batch of `num_rows` x `seq_len_tokens`."""
 
-    group: dist.ProcessGroup
+    groups: ContextGroups
     num_rows: int
     seq_len_tokens: int
+    sharding: ContextSharding = ContextSharding.zigzag
+    exchange: ContextExchange = ContextExchange.all_gather
 
     @property
     def chunk_tokens(self) -> int:
         """Return c."""
-        return self.seq_len_tokens // (2 * self.group.size())
+        return self.seq_len_tokens // (2 * self.groups.size())
+
+    def own_chunks(self, rank: int) -> tuple[int, int]:
+        """Return the chunks of a row that process `rank` owns."""
+        return own_chunks(self.groups.size(), rank, self.sharding)
 
     def tokens(self, side_info: SideInfo) -> Tensor:
         """Return int64 [b * S / CP]: this process's tokens among the b * S of the micro-batch, ascending."""
+        return self._tokens_of_all(side_info)[self.groups.rank()]
+
+    def _tokens_of_all(self, side_info: SideInfo) -> Tensor:
+        """Return int64 [CP, b * S / CP]: the tokens of every process."""
 
         def compute() -> Tensor:
-            own = own_positions(
-                self.seq_len_tokens, self.group.size(), self.group.rank(), side_info.token_ids.device
-            )
-            row = torch.arange(self.num_rows, device=own.device) * self.seq_len_tokens
-            return (row[:, None] + own).flatten()
+            size, device = self.groups.size(), side_info.token_ids.device
+            own = [own_positions(self.seq_len_tokens, size, r, self.sharding, device) for r in range(size)]
+            row = torch.arange(self.num_rows, device=device) * self.seq_len_tokens
+            return (row[:, None] + torch.stack(own)[:, None]).flatten(1)
 
         return side_info.once("context_tokens", compute)
 
@@ -93,11 +109,11 @@ class ContextShard:
         """
 
         def cut() -> list[DocumentPiece]:
-            size, c = self.group.size(), self.chunk_tokens
+            size, c = self.groups.size(), self.chunk_tokens
             numbers = [
                 row * 2 * size + number
                 for row in range(self.num_rows)
-                for number in own_chunks(size, self.group.rank())
+                for number in self.own_chunks(self.groups.rank())
             ]
             pieces = []
             for place, number in enumerate(numbers):
@@ -132,38 +148,71 @@ class ContextShard:
             block_tokens=m,
             impl=settings.impl.value,
         )
-        pooled = start_all_gather(own, self.group).wait().flatten(0, 1).index_select(0, owners.slot_of_block)
+        slots = torch.cat(start_all_gather(own, self.groups).wait())
+        pooled = slots.index_select(0, owners.slot_of_block)
         return pooled.masked_fill(~owners.is_block[:, None, None, None], 0.0)
 
-    def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering:
-        """Start to gather the keys and values [b * S / CP, Hkv, D] of all processes."""
-        return start_all_gather(torch.stack([key.detach(), value.detach()]), self.group)
+    def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering | None:
+        """Start to gather keys and values [b * S / CP, Hkv, D] of all, if it is sure that all go."""
+        if self.exchange != ContextExchange.all_gather:
+            return None
+        return self._start_all(key, value)
 
-    def keys_and_values(self, key: Tensor, value: Tensor, gathering: Gathering) -> tuple[Tensor, Tensor]:
-        """Return all keys and all values [b * S, Hkv, D] in natural order, once `gathering` is complete.
+    def keys_and_values(
+        self,
+        key: Tensor,
+        value: Tensor,
+        gathering: Gathering | None,
+        ids: Tensor | None,
+        side_info: SideInfo,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the keys and values that own queries attend to, and where their blocks lie.
 
-        Differentiable: the gradients of `key` and `value` are sums over all processes.
+        Either all [b * S, Hkv, D] in natural order and None, or needed blocks [slots * m, Hkv, D] and
+        `block_slot` as `phsa_kernels.attend` takes it. Differentiable: the gradients of `key` and `value` are
+        sums over all processes.
+
+        Args:
+            key: this process's keys [b * S / CP, Hkv, D].
+            value: its values.
+            gathering: what `start_keys_and_values` returned.
+            ids: int32 [b * S / CP, Hkv, k], what the own queries selected; None if they attend to everything.
+            side_info: of the whole micro-batch.
         """
+        if gathering is None and ids is not None:
+            settings, tokens = side_info.attention, self._tokens_of_all(side_info)
+            blocks: BlockMap = side_info.once(
+                "block_map", lambda: BlockMap.build(side_info, tokens, self.groups.rank(), settings)
+            )
+            sparse = BlockExchange(self.groups, blocks, ids)
+            if self.exchange == ContextExchange.block_sparse or sparse.sends_less():
+                plan = sparse.plan()
+                return *plan.fetch(key, value, blocks.block_tokens), plan.block_slot
+        if gathering is None:
+            gathering = self._start_all(key, value)
         both: tuple[Tensor, Tensor] = _FinishGather.apply(  # type: ignore[no-untyped-call]
             key, value, gathering, self
         )
-        return both
+        return *both, None
 
-    def natural(self, gathered: Tensor) -> Tensor:
-        """Return [2, b * S, Hkv, D] in natural order of the gathered [CP, 2, b * S / CP, Hkv, D]."""
-        size, tail = self.group.size(), gathered.shape[3:]
-        chunks = gathered.view(size, 2, self.num_rows, 2, self.chunk_tokens, *tail)
-        in_order = [chunks[place // 2, :, :, place % 2] for place in natural_order(size)]
-        return torch.cat(in_order, dim=2).view(2, -1, *tail)
+    def _start_all(self, key: Tensor, value: Tensor) -> Gathering:
+        return start_all_gather(torch.stack([key.detach(), value.detach()]), self.groups)
+
+    def natural(self, gathered: list[Tensor]) -> Tensor:
+        """Return [2, b * S, Hkv, D] in natural order of the [2, b * S / CP, Hkv, D] of every process."""
+        chunks = [part.view(2, self.num_rows, 2, self.chunk_tokens, *part.shape[2:]) for part in gathered]
+        places = natural_order(self.groups.size(), self.sharding)
+        in_order = [chunks[place // 2][:, :, place % 2] for place in places]
+        return torch.cat(in_order, dim=2).view(2, -1, *gathered[0].shape[2:])
 
     def by_process(self, keys: Tensor, values: Tensor) -> Tensor:
         """Return [CP, 2, b * S / CP, Hkv, D] of two [b * S, Hkv, D]: the inverse of `natural`."""
-        size, tail = self.group.size(), keys.shape[1:]
+        size, tail = self.groups.size(), keys.shape[1:]
         parts = keys.new_empty(size, 2, self.num_rows, 2, self.chunk_tokens, *tail)
         for which, x in enumerate((keys, values)):
             chunks = x.view(self.num_rows, 2 * size, self.chunk_tokens, *tail)
             for rank in range(size):
-                for place, number in enumerate(own_chunks(size, rank)):
+                for place, number in enumerate(self.own_chunks(rank)):
                     parts[rank, which, :, place] = chunks[:, number]
         return parts.flatten(2, 4)
 
@@ -173,14 +222,13 @@ class ContextShard:
         After the last chunk of a row nothing follows; what stands there is never read.
         """
         starts = self.by_chunk(key)[:, :, : m - 1]  # [b, 2, m - 1, Hkv, D]
-        gathered = start_all_gather(starts, self.group).wait()
-        chunks = gathered.transpose(0, 1).flatten(1, 2)  # [b, CP * 2, m - 1, Hkv, D]
+        chunks = torch.cat(start_all_gather(starts, self.groups).wait(), dim=1)  # [b, CP * 2, m - 1, Hkv, D]
         return chunks.index_select(1, following).reshape(-1, *key.shape[1:])
 
     def _block_owners(self, side_info: SideInfo, m: int) -> BlockOwners:
         """Return where blocks lie. A chunk of c tokens, a multiple of m, has c / m slots for its blocks."""
         position, document = (x.long() for x in side_info.positions())
-        num_tokens, c, size = len(position), self.chunk_tokens, self.group.size()
+        num_tokens, c, size = len(position), self.chunk_tokens, self.groups.size()
         num_blocks, slots = num_tokens // m, c // m
         device = position.device
         complete = ((side_info.cu_seqlens[1:] - side_info.cu_seqlens[:-1]) // m)[document]
@@ -199,13 +247,13 @@ class ContextShard:
         row, number_in_row = chunk // (2 * size), chunk % (2 * size)
         slot = torch.arange(num_blocks, device=device) - before[chunk]
         # Slots are gathered as [CP, b, 2, c / m].
-        places = torch.tensor(natural_order(size), device=device)
+        places = torch.tensor(natural_order(size, self.sharding), device=device)
         place = places[number_in_row]
         gathered = ((place // 2 * self.num_rows + row) * 2 + place % 2) * slots + slot
         own = self._own_slots(first, before, m)
         safe = own.clamp(max=num_tokens - 1)
         weights = side_info.pool_weights.reshape(-1)[safe]
-        after = [min(n + 1, 2 * size - 1) for n in own_chunks(size, self.group.rank())]
+        after = [min(n + 1, 2 * size - 1) for n in self.own_chunks(self.groups.rank())]
         return BlockOwners(
             own_tokens=self._place_of_own(safe, own < num_tokens, m),
             own_weights=torch.where(own < num_tokens, weights, 0.0).flatten(),
@@ -223,10 +271,10 @@ class ContextShard:
             before: int64 [b * 2 * CP], blocks that start before each chunk.
             m: tokens of a block.
         """
-        size, num_tokens = self.group.size(), self.num_rows * self.seq_len_tokens
+        size, num_tokens = self.groups.size(), self.num_rows * self.seq_len_tokens
         device = first.device
         row = torch.arange(self.num_rows, device=device)[:, None] * 2 * size
-        chunks = (row + torch.tensor(own_chunks(size, self.group.rank()), device=device)).flatten()
+        chunks = (row + torch.tensor(self.own_chunks(self.groups.rank()), device=device)).flatten()
         after = torch.cat([before[1:], before.new_full((1,), len(first))])
         block = before[chunks][:, None] + torch.arange(self.chunk_tokens // m, device=device)
         start = first[block.clamp(max=len(first) - 1)]
@@ -263,5 +311,5 @@ class _FinishGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor, Tensor, None, None]:
         shard: ContextShard = ctx.shard
-        own = reduce_scatter(shard.by_process(grad_keys.contiguous(), grad_values.contiguous()), shard.group)
+        own = reduce_scatter(shard.by_process(grad_keys.contiguous(), grad_values.contiguous()), shard.groups)
         return own[0], own[1], None, None

@@ -23,7 +23,8 @@ from phsa_kernels.api import attend, block_boundaries, phsa_attention, select
 from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError, DeviceError
-from phsa_megatron.config.schema import AttentionConfig
+from phsa_megatron.config.schema import AttentionConfig, ParallelConfig
+from phsa_megatron.parallel.exchange import ContextGroups
 from phsa_megatron.parallel.mcore import HARMLESS_ATTENTION_ARGUMENTS
 
 
@@ -42,10 +43,13 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         pg_collection: Any = None,
         *,
         attention: AttentionConfig,
+        parallel: ParallelConfig | None = None,
         mtp_depth: int = 0,
         **newer: Any,
     ) -> None:
-        """Take what megatron passes to a core attention, and from the layer spec `attention` and `mtp_depth`.
+        """Take what megatron passes to a core attention, and from the layer spec settings and `mtp_depth`.
+
+        `parallel` says how keys are exchanged with other context-parallel processes; None takes its defaults.
 
         Raises:
             ConfigError: dropout, hybrid context parallelism, or attention other than causal self-attention is
@@ -72,9 +76,10 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
                 f"hybrid_context_parallel is on: {type(self).__name__} shards every sequence over one group "
                 "of parallel.context_size processes; turn it off"
             )
-        self.context_group = None if config.context_parallel_size == 1 else pg_collection.cp
+        self.context_groups = None if config.context_parallel_size == 1 else ContextGroups.of(pg_collection)
         self.layer_number = layer_number
         self.attention = attention
+        self.parallel = parallel or ParallelConfig()
         self.mtp_depth = mtp_depth
         self.softmax_scale = softmax_scale
 
@@ -107,10 +112,16 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         side_info = side_info.at_mtp_depth(self.mtp_depth)
         flat = _flat(query), _flat(key), _flat(value)
         own_tokens, num_rows = query.shape[:2]
-        if self.context_group is None:
+        if self.context_groups is None:
             out = self._attend(*flat, side_info)
         else:
-            shard = ContextShard(self.context_group, num_rows, side_info.token_ids.shape[1])
+            shard = ContextShard(
+                self.context_groups,
+                num_rows,
+                side_info.token_ids.shape[1],
+                self.parallel.context_sharding,
+                self.parallel.context_exchange,
+            )
             out = self._attend_sharded(*flat, side_info, shard)
         return out.reshape(num_rows, own_tokens, -1).transpose(0, 1).contiguous()
 
@@ -137,7 +148,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
                 f"layer {self.layer_number} got {type(side_info).__name__} instead of a SideInfo: pass "
                 "packed_seq_params=SideInfo.build(...) to the model's forward"
             )
-        size = 1 if self.context_group is None else self.context_group.size()
+        size = 1 if self.context_groups is None else self.context_groups.size()
         if query.dim() != 4 or tuple(side_info.token_ids.shape) != (query.shape[1], query.shape[0] * size):
             raise ValueError(
                 f"layer {self.layer_number}: queries are {tuple(query.shape)}, expected [S / {size}, b, "
@@ -208,7 +219,7 @@ class PHSACoreAttention(_DocumentAttention):
             group_score=settings.group_score.value,
             **windows,
         )
-        keys, values = shard.keys_and_values(key, value, gathering)
+        keys, values, block_slot = shard.keys_and_values(key, value, gathering, ids, side_info)
         out, lse = attend(
             query,
             keys,
@@ -217,11 +228,14 @@ class PHSACoreAttention(_DocumentAttention):
             q_pos,
             q_doc,
             side_info.cu_seqlens,
+            block_slot,
             dense_len_tokens=settings.dense_len_tokens,
             **windows,
         )
         if side_info.recorder is not None:
-            side_info.recorder.record(self.layer_number, query, keys, values, ids, lse, side_info, tokens)
+            side_info.recorder.record(
+                self.layer_number, query, keys, values, ids, lse, side_info, tokens, block_slot
+            )
         return out
 
 
@@ -251,7 +265,7 @@ class DenseCoreAttention(_DocumentAttention):
         self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
     ) -> Tensor:
         gathering = shard.start_keys_and_values(key, value)
-        keys, values = shard.keys_and_values(key, value, gathering)
+        keys, values, _ = shard.keys_and_values(key, value, gathering, None, side_info)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))  # [1, H, Tq or T, D]
         pieces = [
             scaled_dot_product_attention(

@@ -59,6 +59,7 @@ class SelectionRecorder:
         lse: Tensor,
         side_info: SideInfo,
         tokens: Tensor | None = None,
+        block_slot: Tensor | None = None,
     ) -> None:
         """Add one layer's selection of one micro-batch.
 
@@ -68,17 +69,18 @@ class SelectionRecorder:
         Args:
             layer_number: from 1.
             query: [Tq, Hq, D].
-            key: [T, Hkv, D].
-            value: [T, Hkv, D].
+            key: [T, Hkv, D], or the blocks that the queries attend to.
+            value: of the same shape.
             ids: int32 [Tq, Hkv, k], the chosen blocks.
             lse: fp32 [Tq, Hq], log-sum-exp over all attended keys.
             side_info: of this micro-batch.
             tokens: int64 [Tq], which of the T tokens the queries are; None if they are all of them, in order.
                 Context-parallel processes sample the same tokens as one process, each among its own.
+            block_slot: where the blocks of key and value lie, as `attend` takes it; None: in natural order.
         """
         settings = side_info.attention
         position, document = side_info.positions()
-        num_tokens = len(key)
+        num_tokens = side_info.token_ids.numel()
         sample = torch.linspace(0, num_tokens - 1, min(num_tokens, self.max_rows), device=query.device).long()
         if tokens is None:
             rows = sample
@@ -94,6 +96,7 @@ class SelectionRecorder:
             q_pos,
             q_doc,
             side_info.cu_seqlens,
+            block_slot,
             init_tokens=settings.init_tokens,
             local_tokens=settings.local_tokens,
             block_tokens=settings.block_tokens,

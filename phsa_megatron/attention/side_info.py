@@ -43,8 +43,12 @@ class SelectionListener(Protocol):
         lse: Tensor,
         side_info: SideInfo,
         tokens: Tensor | None = None,
+        block_slot: Tensor | None = None,
     ) -> None:
-        """Take one layer's selection of one micro-batch, for all its tokens or for the queries `tokens`."""
+        """Take one layer's selection of one micro-batch, for all its tokens or for the queries `tokens`.
+
+        With `block_slot` keys and values are those of the blocks that the queries attend to, in slots.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
     """Return the spec of one transformer layer of the recipe, with megatron's own norms.
 
     Args:
-        config: the whole recipe; `model` and `attention` are read.
+        config: the whole recipe; `model`, `attention` and `parallel` are read.
         mtp_depth: 0 for a layer of the main stack, d for the layer of multi-token-prediction depth d.
 
     Raises:
@@ -31,9 +31,13 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
             f"parallel.tensor_size={config.parallel.tensor_size}: the query heads of a key-value head select "
             "together and must be in one process"
         )
-    spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.model.qk_norm)
+    spec: Any = get_gpt_layer_local_spec(
+        num_experts=config.model.num_experts or None,
+        normalization="RMSNorm",
+        qk_layernorm=config.model.qk_norm,
+    )
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=_CORE_ATTENTION[config.attention.kind],
-        params={"attention": config.attention, "mtp_depth": mtp_depth},
+        params={"attention": config.attention, "parallel": config.parallel, "mtp_depth": mtp_depth},
     )
     return spec

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 
 from phsa_megatron.config import equations as print_equations
 from phsa_megatron.config import flops
+from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.memory import MemoryEstimate, estimate_memory
 from phsa_megatron.config.schema import AttentionKind, TrainConfig
-
-DOCUMENT_TOKENS_PER_BOUNDARY = 16
-"""`data.max_documents_per_sequence` is a sequence's tokens divided by this when nobody sets it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def derive(config: TrainConfig) -> Derived:
         total_tokens=sequences * length,
         warmup_sequences=optim.warmup_steps * optim.global_batch_sequences,
         decay_sequences=_decay_steps(config) * optim.global_batch_sequences,
-        max_documents_per_sequence=_max_documents(config),
+        max_documents_per_sequence=documents_limit(config.data),
         layers_per_chunk=model.num_layers // pipeline_chunks(config),
         parameters=parameters,
         flops_per_sequence_dense=dense,
@@ -145,10 +143,3 @@ def _decay_steps(config: TrainConfig) -> int:
     if config.optim.schedule == "cosine":
         return config.run.train_steps - config.optim.warmup_steps
     return config.optim.decay_steps
-
-
-def _max_documents(config: TrainConfig) -> int:
-    if config.data.max_documents_per_sequence is not None:
-        return config.data.max_documents_per_sequence
-    # One for the text and one for what does not fit and becomes padding.
-    return max(2, config.data.seq_len_tokens // DOCUMENT_TOKENS_PER_BOUNDARY)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phsa_megatron.config.schema import AttentionKind, LrSchedule, TrainConfig
+from phsa_megatron.config.context_volume import ExchangedTokens, context_volume
+from phsa_megatron.config.schema import AttentionKind, ContextExchange, LrSchedule, TrainConfig
 
 if TYPE_CHECKING:
     from phsa_megatron.config.derive import Derived
@@ -34,7 +35,34 @@ def _layout(config: TrainConfig, derived: Derived) -> list[str]:
         f"{parallel.pipeline_size} pipeline x {parallel.context_size} context) = "
         f"{derived.data_parallel_size}",
         layers,
+        *_context(config),
     ]
+
+
+def _context(config: TrainConfig) -> list[str]:
+    """Return what a layer sends between context-parallel processes, as far as settings tell."""
+    exchange = config.parallel.context_exchange
+    if config.parallel.context_size == 1:
+        return []
+    gathers_all = exchange == ContextExchange.all_gather
+    volume = context_volume(config, None if gathers_all else ExchangedTokens(0, 0))
+    line = (
+        f"bytes a process sends in a layer and micro-batch = keys at chunk starts "
+        f"{volume.boundary_keys_bytes:,} + pooled keys {volume.pooled_keys_bytes:,}"
+    )
+    if gathers_all:
+        line += (
+            f" + keys and values {volume.keys_and_values_bytes:,} + their gradients "
+            f"{volume.gradient_bytes:,} = {volume.forward_bytes + volume.gradient_bytes:,}"
+        )
+    else:
+        line += f" + marks of needed blocks {volume.block_marks_bytes:,} + " + (
+            "needed blocks and their gradients"
+            if exchange == ContextExchange.block_sparse
+            else "needed blocks or all keys and values, whichever are fewer, and their gradients"
+        )
+        line += ": see perf/context_sent_bytes_per_layer"
+    return [line]
 
 
 def _batch(config: TrainConfig, derived: Derived) -> list[str]:

@@ -45,17 +45,28 @@ def padded_vocab_size(model: ModelConfig, tensor_size: int) -> int:
 
 
 def layer_product_weights(model: ModelConfig) -> int:
-    """Return the weights in the matrices of one layer: q, k, v, output projection, SwiGLU in and out."""
+    """Return the weights that multiply each token in one layer.
+
+    Those of q, k, v, output projection, SwiGLU in and out; with experts the chosen ones and the router.
+    """
     q_width = model.num_query_heads * model.head_dim
     kv_width = model.num_kv_heads * model.head_dim
-    return model.hidden_size * (2 * q_width + 2 * kv_width + 3 * model.ffn_hidden_size)
+    experts, router = (model.expert_topk, model.num_experts) if model.num_experts else (1, 0)
+    attention = model.hidden_size * (2 * q_width + 2 * kv_width)
+    return attention + experts * expert_weights(model) + router * model.hidden_size
+
+
+def expert_weights(model: ModelConfig) -> int:
+    """Return the weights of one expert: SwiGLU in and out."""
+    return 3 * model.hidden_size * model.ffn_hidden_size
 
 
 def count_parameters(model: ModelConfig, padded_vocab: int) -> ParameterCount:
     """Return the exact parameter counts of the Qwen3 shape: RMSNorm weights, no biases."""
     hidden = model.hidden_size
     norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
-    per_layer = layer_product_weights(model) + norms
+    idle_experts = max(0, model.num_experts - model.expert_topk)
+    per_layer = layer_product_weights(model) + idle_experts * expert_weights(model) + norms
     embedding = padded_vocab * hidden
     output_layer = 0 if model.tie_embeddings else embedding
     # A depth joins embedding and hidden state (2h to h), each under its own norm, and ends in a norm.

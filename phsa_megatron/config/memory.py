@@ -17,7 +17,7 @@ from phsa_megatron.config.activations import (
     own_tokens,
     residual_width,
 )
-from phsa_megatron.config.flops import ParameterCount, layer_product_weights
+from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, TrainConfig
 
 _GIB = 1 << 30
@@ -87,9 +87,14 @@ def stage_parameters(config: TrainConfig, parameters: ParameterCount, padded_voc
     copy of a tied embedding, and of any embedding for multi-token prediction.
     """
     model, parallel = config.model, config.parallel
+    # An expert is whole in one process; the others of its expert-parallel group hold other experts.
+    experts = model.num_experts * expert_weights(model)
     products = layer_product_weights(model)
-    layers = model.num_layers / parallel.pipeline_size
-    local = layers * (products / parallel.tensor_size + parameters.per_layer - products)
+    if model.num_experts:
+        products -= model.expert_topk * expert_weights(model)
+    whole = parameters.per_layer - products - experts
+    layer = products / parallel.tensor_size + experts / parallel.expert_size + whole
+    local = model.num_layers / parallel.pipeline_size * layer
     embedding = padded_vocab * model.hidden_size / parallel.tensor_size
     last = parallel.pipeline_size - 1
     if stage == 0:
@@ -97,6 +102,7 @@ def stage_parameters(config: TrainConfig, parameters: ParameterCount, padded_voc
     if stage == last:
         depth_products = model.mtp_num_layers * (products + 2 * model.hidden_size**2)
         local += model.hidden_size + depth_products / parallel.tensor_size + parameters.mtp - depth_products
+        local -= model.mtp_num_layers * (experts - experts / parallel.expert_size)
         local += 0 if model.tie_embeddings else embedding
         if last > 0 and (model.tie_embeddings or model.mtp_num_layers):
             local += embedding

@@ -74,6 +74,9 @@ RULES: dict[str, ResumeRule] = {
     "model.rope_base": _MODEL,
     "model.norm_eps": _MODEL,
     "model.init_std": _UNUSED,
+    "model.num_experts": _SHAPE,
+    "model.expert_topk": _MODEL,
+    "model.expert_balance_coeff": _HERE,
     "model.mtp_num_layers": _SHAPE,
     "attention.kind": _ATTENTION,
     "attention.impl": _ROUNDING,
@@ -104,6 +107,10 @@ RULES: dict[str, ResumeRule] = {
     "parallel.pipeline_size": _LAYOUT,
     "parallel.virtual_pipeline_size": _LAYOUT,
     "parallel.context_size": _LAYOUT,
+    "parallel.context_exchange": _ROUNDING,
+    "parallel.context_sharding": _LAYOUT,
+    "parallel.context_node_size": _ROUNDING,
+    "parallel.expert_size": _LAYOUT,
     "parallel.sequence_parallel": _LAYOUT,
     "parallel.distributed_optimizer": ResumeRule(
         False, "the optimizer state is stored in another form with and without it"

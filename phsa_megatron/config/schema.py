@@ -79,6 +79,21 @@ class Recompute(StrEnum):
     full = "full"
 
 
+class ContextExchange(StrEnum):
+    """Which keys and values context-parallel processes send to each other."""
+
+    all_gather = "all_gather"
+    block_sparse = "block_sparse"
+    auto = "auto"
+
+
+class ContextSharding(StrEnum):
+    """Which parts of a sequence a context-parallel process holds."""
+
+    zigzag = "zigzag"
+    contiguous = "contiguous"
+
+
 class WandbMode(StrEnum):
     """Where W&B writes."""
 
@@ -122,7 +137,7 @@ class ModelConfig:
     hidden_size: int = MISSING
     """Width of the residual stream."""
     ffn_hidden_size: int = MISSING
-    """Width of the SwiGLU inner layer."""
+    """Width of the SwiGLU inner layer; of each expert, if there are any."""
     num_query_heads: int = MISSING
     """Query heads."""
     num_kv_heads: int = MISSING
@@ -143,6 +158,12 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of weight initialization."""
+    num_experts: int = 0
+    """Experts in the MLP of every layer; each token uses expert_topk of them; 0 is one MLP for all."""
+    expert_topk: int = 2
+    """Experts per token, weighted by softmax over the chosen ones, so at least 2; unused without experts."""
+    expert_balance_coeff: float = 0.0
+    """Weight of the auxiliary loss that balances experts, over the tokens of a micro-batch; 0 is off."""
     mtp_num_layers: int = 0
     """Multi-token-prediction depths after the main stack; 0 is none."""
 
@@ -224,6 +245,18 @@ class ParallelConfig:
     """Model chunks per pipeline stage (VPP); null is off."""
     context_size: int = 1
     """Context-parallel processes (CP)."""
+    context_exchange: ContextExchange = ContextExchange.all_gather
+    """all_gather: all keys and values, sent while blocks are selected; block_sparse: the blocks that the
+    receiver's queries attend to, after selection, for which the host waits for the device in every layer;
+    auto: in each layer and micro-batch what is fewer bytes."""
+    context_sharding: ContextSharding = ContextSharding.zigzag
+    """zigzag: one chunk from each end of a sequence, so that all processes score as many blocks; contiguous:
+    one piece, so that windows and documents lie on fewer processes."""
+    context_node_size: int | None = None
+    """Context-parallel processes on one node: keys cross to each other node once, then spread inside it;
+    null sends to all processes alike."""
+    expert_size: int = 1
+    """Processes that share the experts (EP), each expert whole: among all those of a pipeline stage."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence inside a tensor-parallel group."""
     distributed_optimizer: bool = True

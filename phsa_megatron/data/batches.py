@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import TrainConfig
-from phsa_megatron.data.order import Piece, Sequence, SequenceOrder, Split, documents_limit
+from phsa_megatron.data.order import Piece, Sequence, SequenceOrder, Split
 from phsa_megatron.data.tokenizer import Tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.errors import DataError
 from phsa_megatron.config.schema import DataConfig, TrainConfig
 from phsa_megatron.data.indexed import IndexedSource
@@ -24,7 +25,7 @@ from phsa_megatron.data.tokenizer import Tokenizer
 
 Split = Literal["train", "valid"]
 
-__all__ = ["Piece", "Sequence", "SequenceOrder", "Split", "describe_mismatch", "documents_limit"]
+__all__ = ["Piece", "Sequence", "SequenceOrder", "Split", "describe_mismatch"]
 
 
 class SequenceOrder:
@@ -119,13 +120,6 @@ class SequenceOrder:
                     f"them to null."
                 )
             prefixes[opened.prefix] = name
-
-
-def documents_limit(data: DataConfig) -> int:
-    """Return how many documents the boundary tensor has room for in each sequence."""
-    if data.max_documents_per_sequence is not None:
-        return data.max_documents_per_sequence
-    return max(2, data.seq_len_tokens // 16)
 
 
 def _ingredients(

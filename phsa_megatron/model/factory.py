@@ -11,11 +11,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.flops import padded_vocab_size
-from phsa_megatron.config.schema import Dtype, TrainConfig
+from phsa_megatron.config.schema import ContextSharding, Dtype, TrainConfig
+from phsa_megatron.model.experts import draw_expert_weights, random_numbers_of_experts_apart
 from phsa_megatron.model.norm import RMSNorm
+from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
 from phsa_megatron.parallel.groups import Groups
-from phsa_megatron.parallel.mcore import mtp_block_spec
+from phsa_megatron.parallel.mcore import mtp_block_spec, prepare_experts
 
 
 def build_model(config: TrainConfig, groups: Groups) -> list[MegatronModule]:
@@ -28,6 +30,8 @@ def build_model(config: TrainConfig, groups: Groups) -> list[MegatronModule]:
         ConfigError: the recipe asks for something that no layer here does; the message names the field.
     """
     num_chunks = config.parallel.virtual_pipeline_size
+    if config.model.num_experts:
+        prepare_experts()
     megatron_config = transformer_config(config)
     stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
     chunks = [_build_chunk(config, megatron_config, groups, stage).to(groups.device) for stage in stages]
@@ -49,20 +53,31 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
         prediction = mtp_block_spec(
             megatron_config, lambda depth: _layer(config, depth), norm=RMSNorm, vp_stage=vp_stage
         )
-    gpt = GPTModel(
-        config=megatron_config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
-        max_sequence_length=config.data.seq_len_tokens,
-        pre_process=groups.is_first_stage and chunk == 0,
-        post_process=groups.is_last_stage and chunk == num_chunks - 1,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-        mtp_block_spec=prediction,
-        pg_collection=groups.collection,
-        vp_stage=vp_stage,
-    )
+    with random_numbers_of_experts_apart():
+        gpt = GPTModel(
+            config=megatron_config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
+            max_sequence_length=config.data.seq_len_tokens,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == num_chunks - 1,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,
+            mtp_block_spec=prediction,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+    if config.parallel.context_size > 1 and config.parallel.context_sharding == ContextSharding.contiguous:
+        gpt.rotary_pos_emb = ContiguousRotaryEmbedding(
+            kv_channels=model.head_dim,
+            rotary_percent=1.0,
+            rotary_base=model.rope_base,
+            use_cpu_initialization=True,
+            cp_group=groups.collection.cp,
+        )
+    if model.num_experts:
+        draw_expert_weights(gpt, config.run.seed)
     if prediction is not None and model.tie_embeddings and not gpt.pre_process:
         # With prediction layers the last stage has the shared embedding as its output weight. megatron
         # allocates an output weight all the same, which nothing reads, and then refuses to save the model.

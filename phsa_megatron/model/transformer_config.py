@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from phsa_megatron.config.schema import Dtype, Recompute, TrainConfig
+from phsa_megatron.parallel.mcore import balancing_loss_factor
 
 _TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -68,11 +69,31 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_size,
         pipeline_model_parallel_size=parallel.pipeline_size,
         context_parallel_size=parallel.context_size,
+        expert_model_parallel_size=parallel.expert_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_experts(config),
         **_virtual_stages(parallel.virtual_pipeline_size),
         **_RECOMPUTE[parallel.recompute],
         **_NO_FUSION,
     )
+
+
+def _experts(config: TrainConfig) -> dict[str, Any]:
+    model, parallel = config.model, config.parallel
+    if not model.num_experts:
+        return {}
+    balance = balancing_loss_factor(parallel.context_size * parallel.tensor_size)
+    return {
+        "num_moe_experts": model.num_experts,
+        "expert_tensor_parallel_size": 1,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.expert_topk,
+        "moe_router_load_balancing_type": "aux_loss" if model.expert_balance_coeff else "none",
+        "moe_aux_loss_coeff": model.expert_balance_coeff * balance,
+        # Near ties between experts are decided, and outputs averaged, in fp32 whatever the weights are.
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _virtual_stages(size: int | None) -> dict[str, Any]:

@@ -101,6 +101,18 @@ METRICS: dict[str, Metric] = {
             _WINDOW,
             "FLOPs that full causal attention would have needed for the same tokens: speed, not utilization.",
         ),
+        Metric(
+            "perf/context_sent_bytes_per_layer",
+            "bytes",
+            "mean over processes, layers, micro-batches and steps since the last record",
+            "Sent to other context-parallel processes in training: forward, recomputation and backward.",
+        ),
+        Metric(
+            "perf/context_sent_across_nodes_bytes_per_layer",
+            "bytes",
+            "mean over processes, layers, micro-batches and steps since the last record",
+            "The part of the former that went to other nodes; logged with parallel.context_node_size.",
+        ),
         Metric("memory/peak_gib", "GiB", "max over processes", "Peak memory of a process since it started."),
         Metric(
             "data/overflow_tokens",

@@ -20,8 +20,8 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.run_folder import RunFolder
-from phsa_megatron.config.schema import Device, TrainConfig
-from phsa_megatron.parallel import cpu_shim, mcore, zigzag
+from phsa_megatron.config.schema import ContextSharding, Device, TrainConfig
+from phsa_megatron.parallel import cpu_shim, mcore, sequence_sharding
 from phsa_megatron.parallel.meeting import meet
 from phsa_megatron.parallel.nccl_settings import set_nccl_environment
 
@@ -51,7 +51,9 @@ class Groups:
     device: torch.device
     """Where its tensors live."""
     collection: ProcessGroupCollection
-    """megatron's process groups."""
+    """megatron's process groups; `hcp` holds ours, inside a node and across nodes (see `ContextGroups`)."""
+    context_sharding: ContextSharding = ContextSharding.zigzag
+    """Which parts of a sequence a context-parallel process holds."""
 
     @property
     def context_rank(self) -> int:
@@ -65,7 +67,7 @@ class Groups:
 
     def own_part(self, rows: Tensor) -> Tensor:
         """Return [b, S / CP]: what this process holds of `rows` [b, S], on any device."""
-        return zigzag.own_part(rows, self.context_size, self.context_rank)
+        return sequence_sharding.own_part(rows, self.context_size, self.context_rank, self.context_sharding)
 
     def any_true(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process. Every process must call it."""
@@ -113,6 +115,7 @@ class Groups:
         from megatron.core import parallel_state
 
         mcore.forget_mtp_losses()
+        mcore.forget_expert_losses()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -140,7 +143,7 @@ def initialize(config: TrainConfig) -> Groups:
     _connect(config, rank, world_size, device)
     _build_model_parallel(config)
     _seed(config.run.seed)
-    return _describe(rank, world_size, device)
+    return _describe(config, rank, world_size, device)
 
 
 def _read_rank() -> tuple[int, int]:
@@ -246,6 +249,9 @@ def _build_model_parallel(config: TrainConfig) -> None:
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_size,
         context_parallel_size=layout.context_size,
+        expert_model_parallel_size=layout.expert_size,
+        # An expert is whole in one process; without experts megatron's default makes the same groups.
+        expert_tensor_parallel_size=1 if config.model.num_experts else None,
         distributed_timeout_minutes=math.ceil(longest_wait_s(config) / 60),
     )
 
@@ -264,10 +270,37 @@ def _seed(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _describe(rank: int, world_size: int, device: torch.device) -> Groups:
+def _context_levels(config: TrainConfig) -> list[dist.ProcessGroup]:
+    """Return this process's context groups inside its node and across nodes, or nothing if all are alike.
+
+    megatron's own hierarchical groups are made by its function only if einops is installed.
+    """
+    from megatron.core import parallel_state
+
+    node_size = config.parallel.context_node_size
+    if node_size is None:
+        return []
+    mine = dist.get_process_group_ranks(parallel_state.get_context_parallel_group())
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    found: dict[str, dist.ProcessGroup] = {}
+    # Every process takes part in the making of every group, in one order.
+    for ranks in sorted(map(list, {tuple(ranks) for ranks in everyone})):
+        nodes = [ranks[start : start + node_size] for start in range(0, len(ranks), node_size)]
+        levels = {"inside": nodes, "across": [list(place) for place in zip(*nodes, strict=True)]}
+        for level, members in levels.items():
+            for group_ranks in members:
+                group = dist.new_group(group_ranks, timeout=timedelta(seconds=longest_wait_s(config)))
+                if dist.get_rank() in group_ranks:
+                    found[level] = group
+    return [found["inside"], found["across"]]
+
+
+def _describe(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Groups:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     collection: Any = ProcessGroupCollection.use_mpu_process_groups()
+    collection.hcp = _context_levels(config)
     pipeline_rank, pipeline_size = collection.pp.rank(), collection.pp.size()
     return Groups(
         rank=rank,
@@ -278,4 +311,5 @@ def _describe(rank: int, world_size: int, device: torch.device) -> Groups:
         is_last_stage=pipeline_rank == pipeline_size - 1,
         device=device,
         collection=collection,
+        context_sharding=config.parallel.context_sharding,
     )

@@ -123,6 +123,54 @@ def mtp_block_spec(
     return block
 
 
+def prepare_experts() -> None:
+    """Let experts run without Transformer Engine, and on the CPU, where megatron-core alone does not.
+
+    0.16.1 asks whether a function of Transformer Engine is None, and has no such name without it. On the CPU
+    both versions hand the sizes of an all-to-all as tensors, because they turn them into lists only on their
+    way from a GPU.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    module: Any = moe_utils
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
+    original = module.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, Tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def balancing_loss_factor(num_sharing: int) -> int:
+    """Return what the weight of the experts' balancing loss is multiplied by.
+
+    Every process that shares a sequence adds its part of this loss. 0.16.1 weights each part with the tokens
+    of that process alone, so that the sum is too small by as many as share; 0.19.2 weights with all.
+
+    Args:
+        num_sharing: context-parallel x sequence-parallel processes.
+    """
+    return num_sharing if installed_version() < (0, 19) else 1
+
+
+def forget_expert_losses() -> None:
+    """Empty megatron's process-wide sums of balancing losses, and their scale: the next model has others."""
+    from megatron.core.transformer.moe import moe_utils
+
+    module: Any = moe_utils
+    module.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    if hasattr(module, "get_moe_layer_wise_logging_tracker"):  # 0.16.1
+        module.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+        get_moe_metrics_tracker().clear()
+
+
 def forget_mtp_losses() -> None:
     """Empty megatron's process-wide sums of prediction losses: the next model may have other depths."""
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper

@@ -110,6 +110,7 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
     The learning-rate bounds of this run win over the saved ones: 0.19.2 recognizes parameter groups by them,
     so that a changed `optim.lr` would make it fail on a KeyError.
     """
+    state = _regrouped(optimizer, state)
     bounds = {
         name: optimizer.param_groups[0][name]
         for name in ("max_lr", "min_lr")
@@ -119,6 +120,32 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
         group.update(bounds)
     with torch.no_grad():
         optimizer.load_state_dict(state)
+
+
+def _regrouped(optimizer: Any, state: Any) -> Any:
+    """Return a distributed optimizer's loaded state in the form of this process's optimizers.
+
+    Experts have an optimizer of their own only while several processes share them. What `read` returned holds
+    tensors in the form of this process, under the number of each optimizer if there are several, and all else
+    in the form of the process that saved. What is not a tensor is the same for both optimizers.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if not isinstance(state, dict):
+        return state
+    numbered = [state[key] for key in sorted(key for key in state if isinstance(key, int))]
+    plain = {key: value for key, value in state.items() if not isinstance(key, int)}
+    if not numbered or not plain:
+        return state
+    saved, here = (plain, numbered) if len(parts) > 1 else (numbered[0], [plain])
+    groups = _saved_groups(state)
+    # Groups are recognized by what they are for; the last of equals counts.
+    flipped = [{**group, "is_expert_parallel": not group.get("is_expert_parallel")} for group in groups]
+    common = {
+        **{key: value for key, value in saved.items() if key != "param_state"},
+        "optimizer": {**saved["optimizer"], "param_groups": flipped + groups},
+    }
+    arranged = [{**common, "param_state": part["param_state"]} for part in here]
+    return dict(enumerate(arranged)) if len(parts) > 1 else arranged[0]
 
 
 def _saved_groups(state: Any) -> list[dict[str, Any]]:

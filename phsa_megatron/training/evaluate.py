@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,10 @@ class Evaluator:
                 if batch:
                     rows = forward_backward(parts, batch, forward_step, forward_only=True)
                     self._add(sums, batch[0], rows)
+                elif self._config.parallel.expert_size > 1:
+                    # Others' tokens may need this process's experts: it goes along, and counts nothing.
+                    along = [self.reader.micro_batch(0, 1)]
+                    forward_backward(parts, along, replace(forward_step, recorder=None), forward_only=True)
         sums = self._groups.from_last_stage(self._groups.sum_over_data(sums))
         losses = {
             domain: Loss(nats, int(num_tokens), int(num_bytes))

@@ -97,6 +97,7 @@ def check_same_model(folder: Path, model: ModelConfig) -> None:
         "num_layers": (theirs["num_hidden_layers"], model.num_layers),
         "hidden_size": (theirs["hidden_size"], model.hidden_size),
         "ffn_hidden_size": (theirs["intermediate_size"], model.ffn_hidden_size),
+        "num_experts": (0, model.num_experts),
         "num_query_heads": (heads, model.num_query_heads),
         "num_kv_heads": (theirs.get("num_key_value_heads", heads), model.num_kv_heads),
         "head_dim": (theirs.get("head_dim") or theirs["hidden_size"] // heads, model.head_dim),

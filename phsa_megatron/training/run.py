@@ -25,6 +25,7 @@ from phsa_megatron.monitoring.console import Console
 from phsa_megatron.monitoring.recorder import Recorder
 from phsa_megatron.monitoring.throughput import Throughput
 from phsa_megatron.monitoring.wandb_run import stable_run_id
+from phsa_megatron.parallel.exchange import traffic
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import stages
 from phsa_megatron.training.checkpoint import Checkpointer, Notify
@@ -117,6 +118,7 @@ class Meter:
         self.throughput = throughput
         self.data_wait_s = 0.0
         self._num_overflow_tokens = 0
+        self._sent_bytes = [0, 0]
         self._num_steps = 0
         self._training_s = 0.0
         self._since_s: float | None = None
@@ -125,11 +127,14 @@ class Meter:
     def start(self) -> None:
         """Starts the clock of training; a running one goes on."""
         if self._since_s is None:
+            traffic.take()  # of an evaluation or of samples
             self._since_s = time.perf_counter()
 
     def stop(self, state: TrainState) -> None:
         """Stops the clock of training, and brings the run's wall time up to date."""
         self._take(state)
+        if self._since_s is not None:
+            self._take_sent_bytes()
         self._since_s = None
 
     def add(self, batches: list[Batch]) -> None:
@@ -154,9 +159,30 @@ class Meter:
             "data/overflow_tokens": int(run.groups.sum_over_data(overflow).item()),
             "memory/peak_gib": _peak_memory_gib(run.groups),
             **speed,
+            **self._context_traffic(run),
         }
         self.data_wait_s, self._training_s, self._num_steps, self._num_overflow_tokens = 0.0, 0.0, 0, 0
         return values
+
+    def _context_traffic(self, run: Run) -> dict[str, float]:
+        """Returns what was sent between context-parallel processes since the last record. Collective."""
+        self._take_sent_bytes()
+        parallel, model = run.config.parallel, run.config.model
+        if parallel.context_size == 1:
+            return {}
+        mine = torch.tensor(self._sent_bytes, dtype=torch.int64, device=run.groups.device)
+        self._sent_bytes = [0, 0]
+        # Every layer is on one stage, and every copy and part of it goes through these micro-batches.
+        layers = (model.num_layers + model.mtp_num_layers) * run.groups.world_size // parallel.pipeline_size
+        times = layers * run.derived.micro_batches_per_step * self._num_steps
+        total, across = (number / times for number in run.groups.sum_over_world(mine).tolist())
+        values = {"perf/context_sent_bytes_per_layer": total}
+        if parallel.context_node_size is not None:
+            values["perf/context_sent_across_nodes_bytes_per_layer"] = across
+        return values
+
+    def _take_sent_bytes(self) -> None:
+        self._sent_bytes = [a + b for a, b in zip(self._sent_bytes, traffic.take(), strict=True)]
 
     def _take(self, state: TrainState) -> None:
         now_s = time.perf_counter()

@@ -9,16 +9,22 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from phsa_kernels.api import pool
-from phsa_megatron.attention import context_parallel
 from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.selection_stats import SelectionRecorder
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError
-from phsa_megatron.config.schema import AttentionConfig, PunctuationLanguage, PunctuationMatch
-from phsa_megatron.parallel.exchange import Gathering
-from phsa_megatron.parallel.zigzag import own_part, own_positions
+from phsa_megatron.config.schema import (
+    AttentionConfig,
+    ContextExchange,
+    ContextSharding,
+    ParallelConfig,
+    PunctuationLanguage,
+    PunctuationMatch,
+)
+from phsa_megatron.parallel.exchange import ContextGroups
+from phsa_megatron.parallel.sequence_sharding import own_part, own_positions
 
 S, B, HEADS, KV_HEADS, D = 96, 2, 6, 2, 8
 TABLE = PunctuationTable.build(
@@ -34,49 +40,81 @@ DOCUMENTS = {
 
 
 class ThreadGroup:
-    """Looks like a process group to one thread of several."""
+    """Looks like a process group to one thread of several; members are ranks of all threads."""
 
-    def __init__(self, rank, size, shared):
-        self._rank, self._size, self._shared = rank, size, shared
+    def __init__(self, thread, members, meetings):
+        self._thread, self._members, self._meetings = thread, members, meetings
 
     def rank(self):
-        return self._rank
+        return self._members.index(self._thread)
 
     def size(self):
-        return self._size
+        return len(self._members)
 
     def exchange(self, tensor):
-        barrier, slots = self._shared
-        slots[self._rank] = tensor
+        barrier, slots = self._meetings[self._members]
+        slots[self._thread] = tensor
         barrier.wait()
-        everyone = [slots[rank] for rank in range(self._size)]
+        everyone = [slots[member] for member in self._members]
         barrier.wait()
         return everyone
 
 
 @pytest.fixture(autouse=True)
-def exchange_between_threads(monkeypatch):
-    def gather(tensor, group):
-        everyone = torch.stack(group.exchange(tensor))
-        return Gathering(tensor, everyone, SimpleNamespace(wait=lambda: None))
+def sent(monkeypatch):
+    """Lets threads take the part of processes in torch's collectives; returns what was sent, by members."""
+    sent_bytes = {}
 
-    def reduce(parts, group):
-        return torch.stack([other[group.rank()] for other in group.exchange(parts)]).sum(0)
+    def count(group, tensor):
+        place = (group._thread, group._members)
+        sent_bytes[place] = sent_bytes.get(place, 0) + tensor.numel() * tensor.element_size()
 
-    monkeypatch.setattr(context_parallel, "start_all_gather", gather)
-    monkeypatch.setattr(context_parallel, "reduce_scatter", reduce)
+    def gather(received, tensor, group, async_op):
+        received.copy_(torch.cat(group.exchange(tensor)))
+        count(group, received[len(tensor) :])
+        return SimpleNamespace(wait=lambda: None)
+
+    def reduce(result, tensor, group):
+        parts = [other.view(group.size(), -1)[group.rank()] for other in group.exchange(tensor)]
+        result.copy_(torch.stack(parts).sum(0))
+        count(group, tensor[len(result) :])
+
+    def all_to_all(received, tensor, num_received, num_sent, group):
+        parts = group.exchange(tensor.split(num_sent))
+        mine = [part[group.rank()] for part in parts]
+        assert [len(part) for part in mine] == num_received
+        received.copy_(torch.cat(mine))
+        for process, part in enumerate(tensor.split(num_sent)):
+            if process != group.rank():
+                count(group, part)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", all_to_all)
+    return sent_bytes
 
 
-def on_all(size, work):
-    """Returns what `work(group)` gives on each of `size` processes; a failure of one ends the others."""
-    barrier = threading.Barrier(size, timeout=30)
-    shared = (barrier, {})
+def on_all(size, work, node_size=None):
+    """Returns what `work(groups)` gives on each of `size` processes; a failure of one ends the others."""
+    everyone = tuple(range(size))
+    nodes = [everyone[n : n + node_size] for n in range(0, size, node_size)] if node_size else []
+    places = list(zip(*nodes, strict=True))
+    meetings = {
+        members: (threading.Barrier(len(members), timeout=30), {}) for members in [everyone, *nodes, *places]
+    }
 
-    def run(rank):
+    def run(thread):
+        levels = [
+            ThreadGroup(thread, next(members for members in level if thread in members), meetings)
+            for level in (nodes, places)
+            if level
+        ]
         try:
-            return work(ThreadGroup(rank, size, shared))
+            whole = ThreadGroup(thread, everyone, meetings)
+            return work(SimpleNamespace(cp=whole, hcp=levels))
         except BaseException:
-            barrier.abort()
+            for barrier, _ in meetings.values():
+                barrier.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool_of_threads:
@@ -94,10 +132,11 @@ def _info(bounds, settings, recorder=None):
     )
 
 
-def _attention(cls, settings, group=None):
-    config = SimpleNamespace(attention_dropout=0.0, context_parallel_size=group.size() if group else 1)
-    kwargs = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
-    return cls(config, 1, attention=settings, pg_collection=SimpleNamespace(cp=group), **kwargs)
+def _attention(cls, settings, collection=None, parallel=None):
+    size = collection.cp.size() if collection else 1
+    config = SimpleNamespace(attention_dropout=0.0, context_parallel_size=size)
+    kwargs = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "parallel": parallel}
+    return cls(config, 1, attention=settings, pg_collection=collection, **kwargs)
 
 
 def _qkv(dtype=torch.float64):
@@ -109,37 +148,101 @@ def _qkv(dtype=torch.float64):
 class KeepsIds:
     """Keeps what was selected, with the tokens that selected it."""
 
-    def record(self, layer_number, query, key, value, ids, lse, side_info, tokens=None):
+    def record(self, layer_number, query, key, value, ids, lse, side_info, tokens=None, block_slot=None):
         self.ids, self.tokens = ids, tokens
 
 
-def _run(cls, settings, bounds, upstream, group=None, recorder=None):
+def _run(cls, settings, bounds, upstream, collection=None, recorder=None, parallel=None):
     """Returns (output, gradients of q, k, v, recorder) on one process: all tokens, or its own."""
+    group, parallel = collection and collection.cp, parallel or ParallelConfig()
     whole, size, rank = _qkv(), group.size() if group else 1, group.rank() if group else 0
-    own = own_positions(S, size, rank)
+    own = own_positions(S, size, rank, parallel.context_sharding)
     inputs = [x[own].requires_grad_() for x in whole]
     recorder = recorder or KeepsIds()
     info = _info(bounds, settings, recorder)
-    out = _attention(cls, settings, group)(*inputs, None, packed_seq_params=info)
+    out = _attention(cls, settings, collection, parallel)(*inputs, None, packed_seq_params=info)
     grads = torch.autograd.grad(out, inputs, upstream[own])
     return out, grads, recorder
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+# Sharding, exchange, and processes of a node.
+WAYS = {
+    "all_gather": (),
+    "block_sparse": ("block_sparse",),
+    "auto": ("auto",),
+    "contiguous": ("all_gather", "contiguous"),
+    "contiguous_block_sparse": ("block_sparse", "contiguous"),
+    "nodes": ("all_gather", "zigzag", 2),
+    "nodes_block_sparse": ("block_sparse", "zigzag", 2),
+    "nodes_auto": ("auto", "contiguous", 2),
+}
+
+
+def _parallel(exchange="all_gather", sharding="zigzag", node_size=None):
+    return ParallelConfig(
+        context_exchange=ContextExchange(exchange),
+        context_sharding=ContextSharding(sharding),
+        context_node_size=node_size,
+    )
+
+
+CASES = [
+    (cls, size, way)
+    for cls in (PHSACoreAttention, DenseCoreAttention)
+    for way in WAYS
+    for size in (2, 3, 4, 6)
+    if (size in (4, 6) if way.startswith("nodes") else size < 6)
+    and not (cls is DenseCoreAttention and ("sparse" in way or "auto" in way))
+]
+
+
 @pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
-@pytest.mark.parametrize("cls", [PHSACoreAttention, DenseCoreAttention])
-def test_output_gradients_and_selection_equal_one_process(cls, bounds, size):
-    settings = _settings(dense_len_tokens=10)
+@pytest.mark.parametrize(("cls", "size", "way"), CASES)
+def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way):
+    settings, parallel = _settings(dense_len_tokens=10), _parallel(*WAYS[way])
     upstream = torch.randn(S, B, HEADS * D, dtype=torch.float64)
     expected, expected_grads, kept = _run(cls, settings, bounds, upstream)
-    ranks = on_all(size, lambda group: _run(cls, settings, bounds, upstream, group))
+    ranks = on_all(
+        size,
+        lambda group: _run(cls, settings, bounds, upstream, group, parallel=parallel),
+        parallel.context_node_size,
+    )
     for rank, (out, grads, recorder) in enumerate(ranks):
-        own = own_positions(S, size, rank)
+        own = own_positions(S, size, rank, parallel.context_sharding)
         torch.testing.assert_close(out, expected[own], rtol=1e-12, atol=1e-12)
         for found, one in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(found, one[own], rtol=1e-11, atol=1e-12)
         if cls is PHSACoreAttention:
             assert torch.equal(recorder.ids, kept.ids[recorder.tokens])
+
+
+def _sent_bytes(sent, way, bounds, size=4):
+    """Returns what one forward and backward pass sends on all processes: (in all, across nodes)."""
+    sent.clear()
+    parallel = _parallel(*WAYS[way])
+    upstream = torch.ones(S, B, HEADS * D, dtype=torch.float64)
+    args = (PHSACoreAttention, _settings(), DOCUMENTS[bounds], upstream)
+    node_size = parallel.context_node_size
+    on_all(size, lambda group: _run(*args, group, parallel=parallel), node_size)
+    places = [(i, i + node_size) for i in range(node_size)] if node_size else []
+    across = sum(n for (_, members), n in sent.items() if members in places)
+    return sum(sent.values()), across
+
+
+def test_every_key_crosses_to_the_other_node_once(sent):
+    flat, _ = _sent_bytes(sent, "all_gather", "straddling")
+    total, across = _sent_bytes(sent, "nodes", "straddling")
+    # Two of the three others are on the other node; one of three copies goes there.
+    assert total == flat == 3 * across
+
+
+def test_needed_blocks_cross_no_more_often_than_all_keys_and_stay_at_home_with_their_documents(sent):
+    everything, crossing = _sent_bytes(sent, "nodes", "many short")
+    blocks, crossing_blocks = _sent_bytes(sent, "nodes_block_sparse", "many short")
+    assert 0 < crossing_blocks < crossing / 2 and blocks < everything / 2
+    contiguous, _ = _sent_bytes(sent, "contiguous_block_sparse", "many short")
+    flat, _ = _sent_bytes(sent, "block_sparse", "many short")
+    assert contiguous < flat, "a document lies on fewer processes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,9 +263,10 @@ def test_pooled_keys_equal_one_process_bit_for_bit_wherever_documents_start(size
             complete = range(start, end - block_tokens + 1, block_tokens)
             straddling += sum(t // chunk != (t + block_tokens - 1) // chunk for t in complete)
 
-        def gathered(group, info=info):
-            own = key[own_positions(S, group.size(), group.rank())].transpose(0, 1)
-            shard = ContextShard(group, B, S)
+        def gathered(collection, info=info):
+            groups = ContextGroups.of(collection)
+            own = key[own_positions(S, groups.size(), groups.rank())].transpose(0, 1)
+            shard = ContextShard(groups, B, S)
             mine = _info(info.cu_seqlens.tolist(), settings)
             return shard.gather_pooled(own.reshape(-1, KV_HEADS, D), mine, settings)
 
@@ -188,12 +292,14 @@ def test_without_one_process_its_pooled_keys_selection_differs(monkeypatch):
     assert any(not torch.equal(rank.ids, kept.ids[rank.tokens]) for rank in ranks)
 
 
+@pytest.mark.parametrize("way", ["all_gather", "block_sparse"])
 @pytest.mark.parametrize("max_rows", [17, 1000])
-def test_selection_statistics_of_all_processes_add_up_to_those_of_one(max_rows):
+def test_selection_statistics_of_all_processes_add_up_to_those_of_one(max_rows, way):
     upstream = torch.zeros(S, B, HEADS * D, dtype=torch.float64)
     args = (PHSACoreAttention, _settings(), DOCUMENTS["straddling"], upstream)
     one = _run(*args, recorder=SelectionRecorder(1, max_rows))[2]
-    ranks = on_all(2, lambda group: _run(*args, group, SelectionRecorder(1, max_rows))[2])
+    parallel = _parallel(*WAYS[way])
+    ranks = on_all(2, lambda group: _run(*args, group, SelectionRecorder(1, max_rows), parallel)[2])
     assert one.sums[0, 0] == min(max_rows, B * S) * HEADS
     torch.testing.assert_close(sum(rank.sums for rank in ranks), one.sums, rtol=1e-12, atol=0)
 

@@ -14,7 +14,11 @@ def test_the_layer_has_the_core_attention_of_the_recipe(tiny_config, kind, modul
     config = tiny_config(attention__kind=kind)
     core = layer_spec(config, mtp_depth=2).submodules.self_attention.submodules.core_attention
     assert core.module is module
-    assert core.params == {"attention": config.attention, "mtp_depth": 2}
+    assert core.params == {
+        "attention": config.attention,
+        "parallel": config.parallel,
+        "mtp_depth": 2,
+    }
 
 
 def test_splitting_the_heads_that_select_together_is_refused(tiny_config):

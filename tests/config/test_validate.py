@@ -8,6 +8,8 @@ from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.ranges import EXPLAINED_ELSEWHERE, RANGES, Range
 from phsa_megatron.config.schema import (
     AttentionKind,
+    ContextExchange,
+    ContextSharding,
     Device,
     GroupScore,
     KernelImpl,
@@ -16,6 +18,7 @@ from phsa_megatron.config.schema import (
 )
 
 # rule -> settings that break it and nothing else, and what its message must say: field and value, rule, fix.
+SMALL = {"optim.micro_batch_sequences": 1}
 BROKEN = [
     ("_run_name", {"run.name": "a/b"}, ["run.name='a/b'", "names a folder", "choose another"]),
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
@@ -64,9 +67,65 @@ BROKEN = [
         ["data.seq_len_tokens=516", "multiple of 2 x 4 = 8", "use 512 or 520"],
     ),
     (
-        "_context_parallel",
-        {"parallel.context_size": 2, "cluster.processes_per_node": 2, "model.mtp_num_layers": 1},
-        ["model.mtp_num_layers=1", "not verified with parallel.context_size=2", "set model.mtp_num_layers=0"],
+        "_context_exchange",
+        {"attention.kind": AttentionKind.dense, "parallel.context_exchange": ContextExchange.block_sparse},
+        ["context_exchange=block_sparse", "attends to every key", "context_exchange=all_gather"],
+    ),
+    (
+        "_context_exchange",
+        {"parallel.context_sharding": ContextSharding.contiguous, "model.mtp_num_layers": 1},
+        ["context_sharding=contiguous", "model.mtp_num_layers=1", "set parallel.context_sharding=zigzag"],
+    ),
+    (
+        "_context_nodes",
+        {"parallel.context_size": 4, "cluster.processes_per_node": 4, "parallel.context_node_size": 3},
+        ["context_node_size=3", "equal shares of parallel.context_size=4", "a divisor of 4"],
+    ),
+    (
+        "_context_nodes",
+        {
+            "parallel.context_size": 4,
+            "cluster.num_nodes": 2,
+            "cluster.processes_per_node": 2,
+            "parallel.context_node_size": 4,
+        },
+        ["context_node_size=4", "cluster.processes_per_node=2", "a smaller node size"],
+    ),
+    ("_experts", {"parallel.expert_size": 2}, ["expert_size=2", "model.num_experts=0", "expert_size=1"]),
+    (
+        "_experts",
+        {"model.num_experts": 2, "model.expert_topk": 3},
+        ["expert_topk=3", "model.num_experts=2", "use at most 2"],
+    ),
+    (
+        "_experts",
+        {"model.num_experts": 3, "parallel.expert_size": 2, "cluster.processes_per_node": 2, **SMALL},
+        ["expert_size=2", "model.num_experts=3", "a divisor of 3"],
+    ),
+    (
+        "_experts",
+        {"model.num_experts": 4, "parallel.expert_size": 4, "cluster.processes_per_node": 2, **SMALL},
+        ["expert_size=4", "processes of a pipeline stage, which are 2", "a divisor of 2"],
+    ),
+    (
+        "_experts",
+        {
+            "model.num_experts": 4,
+            "parallel.tensor_size": 2,
+            "parallel.sequence_parallel": True,
+            "cluster.processes_per_node": 2,
+        },
+        ["expert_size=1", "parallel.tensor_size=2", "expert_size=2 or more"],
+    ),
+    (
+        "_experts",
+        {
+            "model.num_experts": 4,
+            "parallel.tensor_size": 2,
+            "parallel.expert_size": 2,
+            "cluster.processes_per_node": 2,
+        },
+        ["sequence_parallel=False", "parallel.tensor_size=2", "sequence_parallel=true"],
     ),
     (
         "_processes_divide",

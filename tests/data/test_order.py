@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.errors import DataError
-from phsa_megatron.data.order import SequenceOrder, describe_mismatch, documents_limit
+from phsa_megatron.data.order import SequenceOrder, describe_mismatch
 
 
 def first_sequences(config, count: int = 40):

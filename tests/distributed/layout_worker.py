@@ -4,7 +4,8 @@ Called by test_layouts.py through torchrun: `layout_worker.py JOB_FILE OUT_DIR`.
 with a list of (name, TrainConfig). Every layout starts from the same weights, which are a function of each
 tensor's global name and shape, and sees the same global batch. For each layout every rank writes its pieces
 of every gradient, the blocks that it selected, and the bytes that its context-parallel group sent. A name
-that begins with `broken` loses one process's pooled keys.
+that begins with `broken` loses one process's pooled keys, one that begins with `unmarked` the marks of the
+blocks that one process selected.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
+from phsa_megatron.attention.block_exchange import BlockMap  # noqa: E402
 from phsa_megatron.attention.context_parallel import ContextShard  # noqa: E402
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
 from phsa_megatron.attention.selection_stats import SelectionRecorder  # noqa: E402
@@ -37,6 +39,7 @@ from phsa_megatron.attention.side_info import SideInfo  # noqa: E402
 from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig  # noqa: E402
 from phsa_megatron.inference.generate import generate  # noqa: E402
 from phsa_megatron.model.factory import build_model  # noqa: E402
+from phsa_megatron.parallel.exchange import ContextGroups, traffic  # noqa: E402
 from phsa_megatron.parallel.groups import Groups, initialize  # noqa: E402
 
 SEQ_LEN_TOKENS = 64
@@ -107,21 +110,31 @@ class KeepingRecorder(SelectionRecorder):
 
 
 @contextmanager
-def counted_bytes(group: dist.ProcessGroup) -> Iterator[dict[str, int]]:
-    """Count what this process sends to others of `group` through torch's collectives, by collective."""
-    counts = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 0}
-    originals = {name: getattr(dist, name) for name in counts}
+def counted_bytes(groups: ContextGroups) -> Iterator[dict[tuple[str, str], int]]:
+    """Count what this process sends to others of its context group through torch's collectives.
+
+    By collective and by whether they are on other nodes ("across"), on this one or on any ("inside").
+    """
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    counts = {(name, level): 0 for name in names for level in ("across", "inside")}
+    originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Any:
         def call(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("group") is group:
-                part = min(output.numel(), tensor.numel()) * tensor.element_size()
-                counts[name] += part * (group.size() - 1)
+            group = kwargs.get("group")
+            if group in groups.levels():
+                level = "across" if group is groups.across else "inside"
+                if name == "all_to_all_single":
+                    (_, num_sent), row = args, tensor[:1].numel()
+                    sent = (sum(num_sent) - num_sent[group.rank()]) * row
+                else:
+                    sent = min(output.numel(), tensor.numel()) * (group.size() - 1)
+                counts[name, level] += sent * tensor.element_size()
             return originals[name](output, tensor, *args, **kwargs)
 
         return call
 
-    for name in counts:
+    for name in names:
         setattr(dist, name, counting(name))
     try:
         yield counts
@@ -131,12 +144,28 @@ def counted_bytes(group: dist.ProcessGroup) -> Iterator[dict[str, int]]:
 
 
 @contextmanager
+def lost_marks() -> Iterator[None]:
+    """The last process asks for its windows only, not for what it selected: what the comparison must see."""
+    whole = BlockMap.needed
+
+    def incomplete(blocks: BlockMap, ids: torch.Tensor) -> torch.Tensor:
+        last = dist.get_rank() == dist.get_world_size() - 1
+        return whole(blocks, torch.full_like(ids, -1) if last else ids)
+
+    BlockMap.needed = incomplete  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BlockMap.needed = whole  # type: ignore[method-assign]
+
+
+@contextmanager
 def lost_pooled_keys() -> Iterator[None]:
     """The last context-parallel process's pooled keys arrive as zeros: what the comparison must see."""
     whole = ContextShard.gather_pooled
 
     def incomplete(shard: ContextShard, key: Any, side_info: Any, settings: Any) -> torch.Tensor:
-        if shard.group.rank() == shard.group.size() - 1:
+        if shard.groups.rank() == shard.groups.size() - 1:
             key = torch.zeros_like(key)
         return whole(shard, key, side_info, settings)
 
@@ -237,7 +266,8 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
 
     for chunk in model:
         chunk.zero_grad_buffer()
-    with counted_bytes(groups.collection.cp) as sent_bytes:
+    traffic.take()
+    with counted_bytes(ContextGroups.of(groups.collection)) as sent_bytes:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[batches() for _ in model],
@@ -247,6 +277,7 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
             micro_batch_size=micro,
             forward_only=False,
         )
+    reported_bytes = traffic.take()
     pieces = _gradient_pieces(chunks, groups)
     totals = groups.sum_over_data(groups.from_last_stage(sums))
     return {
@@ -256,6 +287,10 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
         "selected": recorder.selected,
         "score_gap_frac": recorder.score_gap_frac,
         "sent_bytes": sent_bytes,
+        "reported_bytes": reported_bytes,
+        "context_rank": groups.context_rank,
+        # Processes that differ in their context rank only.
+        "context_peers": tuple(dist.get_process_group_ranks(groups.collection.cp)),
         "sample": generate(
             model,
             [3, 14, 15, 92],
@@ -295,10 +330,11 @@ def _gradient_pieces(
 def main(job_file: str, out_dir: str) -> None:
     """Take the gradients of every layout of the job and write them."""
     torch.set_num_threads(1)
+    faults = {"broken": lost_pooled_keys, "unmarked": lost_marks}
     rank = os.environ.get("RANK", "0")
     for name, config in torch.load(job_file, weights_only=False):
         groups = initialize(config)
-        with lost_pooled_keys() if name.startswith("broken") else nullcontext():
+        with faults.get(name.split("-")[0], nullcontext)():
             found = take_gradients(config, groups)
         torch.save(found, os.path.join(out_dir, f"{name}.{rank}.pt"))
         groups.barrier()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.records import read_records
@@ -117,8 +118,14 @@ def test_two_processes_train_like_one_and_leave_together(tiny_config):
             "evaluate.every_steps": 2,
             "checkpoint.save_every_steps": 2,
         },
+        {
+            "parallel.context_size": 2,
+            "parallel.context_sharding": "contiguous",
+            "parallel.context_exchange": "block_sparse",
+            "evaluate.every_steps": 2,
+        },
     ],
-    ids=["tensor", "sequence", "pipeline", "overlap", "context"],
+    ids=["tensor", "sequence", "pipeline", "overlap", "context", "blocks"],
 )
 def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config, run, monkeypatch, layout):
     """One checkpoint, continued by one process and by two: the same losses and gradients, to rounding."""
@@ -141,6 +148,59 @@ def test_a_run_goes_on_in_another_layout_as_it_would_have_in_its_own(tiny_config
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(tiny_config, run, monkeypatch):
+    """One process, then tensor x pipeline, then data x context: data, losses and gradients are the same."""
+    common = {"model.vocab_size": 320, "optim.micro_batch_sequences": 1}
+    straight = run(tiny_config(**{"run.name": "one"}, **common))
+    # It starts in one process: fresh weights are drawn stage by stage, and depend on the number of stages.
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@1")
+    assert run(tiny_config(**{"run.name": "many"}, **common)).outcome.step == 1
+    monkeypatch.delenv("PHSA_FAULT")
+    four = {"run.name": "many", "cluster.processes_per_node": 4, **common}
+    pipeline = {"parallel.tensor_size": 2, "parallel.sequence_parallel": True, "parallel.pipeline_size": 2}
+    stopped = _start(tiny_config(**four, **pipeline), num_processes=4, PHSA_FAULT="sigterm@3")
+    assert [code for code, _, _ in stopped] == [0] * 4, stopped
+    assert "step 3 of 6 is saved" in stopped[0][1]
+    last = tiny_config(**four, **{"parallel.context_size": 2, "parallel.context_exchange": "block_sparse"})
+    ended = _start(last, num_processes=4)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    for name in ("train/loss_nats", "optim/grad_norm", "progress/consumed_tokens"):
+        expected = [step[name] for step in straight.steps if name in step]
+        assert len(expected) == 6
+        assert _curve(last, name) == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_experts_of_two_processes_start_train_and_go_on_as_those_of_one(tiny_config, run, monkeypatch):
+    """Two processes, then one, then two: fresh weights, losses and the optimizer's state are the same."""
+    common = {
+        "model.num_experts": 4,
+        "model.expert_balance_coeff": 0.01,
+        # Balance is over a micro-batch, so that its size is a part of the loss.
+        "optim.micro_batch_sequences": 1,
+        # An odd number of sequences: one of two processes has no text in the last round.
+        "evaluate.every_steps": 1,
+        "evaluate.micro_batch_sequences": 1,
+    }
+    straight = run(tiny_config(**{"run.name": "straight"}, **common))
+    two = {"run.name": "many", "cluster.processes_per_node": 2, "parallel.expert_size": 2}
+    stopped = _start(tiny_config(**two, **common), num_processes=2, PHSA_FAULT="sigterm@2")
+    assert [code for code, _, _ in stopped] == [0, 0], stopped
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@4")
+    assert run(tiny_config(**{"run.name": "many"}, **common)).outcome.step == 4
+    monkeypatch.delenv("PHSA_FAULT")
+    ended = _start(tiny_config(**two, **common), num_processes=2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    for name in ("train/loss_nats", "optim/grad_norm", "progress/consumed_tokens"):
+        expected = [step[name] for step in straight.steps if name in step]
+        assert len(expected) == 6
+        assert _curve(tiny_config(**two, **common), name) == pytest.approx(expected, rel=1e-4), name
+    assert straight.steps[-1]["val/loss_nats"] == pytest.approx(
+        _curve(tiny_config(**two, **common), "val/loss_nats")[-1], rel=1e-4
+    )
+
+
+@pytest.mark.slow
 def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_parallelism(tiny_config, run):
     """Two context-parallel processes report what one does, and one process finishes their stopped run."""
     common = {
@@ -157,6 +217,11 @@ def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_p
     stopped = _start(two, num_processes=2, PHSA_FAULT="sigterm@rank=1,step=3")
     assert [code for code, _, _ in stopped] == [0, 0], stopped
     shutil.copytree(RunFolder.of(two).path, RunFolder.of(two).path.with_name("three"), symlinks=True)
+    volume = context_volume(two)
+    assert _curve(two, "perf/context_sent_bytes_per_layer") == pytest.approx(
+        # Whole steps of both processes, evaluations left out.
+        [volume.forward_bytes + volume.gradient_bytes] * 3
+    )
     alone = run(tiny_config(**{"run.name": "three"}, **common))
     assert len(alone.steps) == len(straight.steps) == 6
 

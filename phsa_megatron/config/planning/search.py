@@ -204,12 +204,30 @@ class Estimator:
         return self._parameters[padded]
 
 
+def _refuse_what_is_not_counted(config: TrainConfig) -> None:
+    """Raise ConfigError for settings whose activations, bytes or times the plan does not know."""
+    if config.model.num_experts:
+        raise ConfigError(
+            f"model.num_experts={config.model.num_experts}: the plan counts no activations and no time of "
+            "experts; set model.num_experts=0 to plan the dense model of this shape"
+        )
+    plain = {"context_exchange": "all_gather", "context_sharding": "zigzag", "context_node_size": None}
+    for name, value in plain.items():
+        found = getattr(config.parallel, name)
+        if found != value:
+            raise ConfigError(
+                f"parallel.{name}={getattr(found, 'value', found)}: the plan counts the exchange of all keys "
+                f"and values between zigzag chunks; set parallel.{name}={'null' if value is None else value}"
+            )
+
+
 def make_plan(config: TrainConfig, machine: Machine) -> Plan:
     """Return all layouts of a run, measured.
 
     Raises:
         ConfigError: no layout keeps the rules; the message says which rules refuse and how to go on.
     """
+    _refuse_what_is_not_counted(config)
     estimator = Estimator(config, machine)
     measured: list[Estimate] = []
     refused: Counter[str] = Counter()
