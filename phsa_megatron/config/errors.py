@@ -25,3 +25,8 @@ class DeviceError(PhsaError):
 
 class TrainingError(PhsaError):
     """Training stopped by itself, for a reason that the message gives."""
+
+
+def broken_rule(field: str, value: object, rule: str, fix: str) -> str:
+    """Return the message of a setting that breaks a rule: field, value, rule and fix."""
+    return f"{field}={value}: {rule}; {fix}"
