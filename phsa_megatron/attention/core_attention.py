@@ -165,9 +165,15 @@ class PHSACoreAttention(_DocumentAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         settings = self.attention
         if self._is_dense(side_info):
+            if side_info.is_dense and side_info.recorder is not None:
+                self._selected(query, key, value, side_info)  # shows the recorder what it would choose
             return dense(query, key, value, side_info, self.softmax_scale)
         if settings.selector == Selector.dense_window:
             return dense(query, key, value, side_info, self.softmax_scale, *self._sliding())
+        return self._selected(query, key, value, side_info)
+
+    def _selected(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
+        settings = self.attention
         q_pos, q_doc = side_info.positions()
         ids = choose_blocks(
             query.detach(),

@@ -118,13 +118,13 @@ def information_of_mass(mass: Tensor, ids: Tensor, position: Tensor, attention: 
     in_window = (block < attention.init_tokens // m) | (block > current - attention.local_tokens // m)
     candidate = ~in_window & (block < current)
     window = (mass * in_window[:, None]).sum(-1)  # [n, Hq]
-    chosen = _as_flags(ids, num_blocks)  # [n, Hsel, blocks]
+    chosen = block_flags(ids, num_blocks)  # [n, Hsel, blocks]
     per_selection = num_heads // ids.shape[1]
     shared = mass.unflatten(1, (ids.shape[1], per_selection)).sum(2)
     width = min(topk, num_blocks)
     best = shared.masked_fill(~candidate[:, None], -1.0).topk(width, dim=-1)
     best_ids = torch.where(best.values >= 0, best.indices, -1)
-    oracle = _as_flags(best_ids, num_blocks)
+    oracle = block_flags(best_ids, num_blocks)
 
     def with_blocks(flags: Tensor) -> Tensor:
         return window + (mass * flags.repeat_interleave(per_selection, 1)).sum(-1)
@@ -138,7 +138,7 @@ def information_of_mass(mass: Tensor, ids: Tensor, position: Tensor, attention: 
     return torch.stack([x.double().sum(0) for x in columns], dim=-1)
 
 
-def _as_flags(ids: Tensor, num_blocks: int) -> Tensor:
+def block_flags(ids: Tensor, num_blocks: int) -> Tensor:
     """Return bool [n, Hsel, blocks] of block ids [n, Hsel, k], -1 for none."""
     flags = torch.zeros(*ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=ids.device)
     flags.scatter_(2, torch.where(ids < 0, num_blocks, ids.long()), True)

@@ -272,6 +272,19 @@ def _topk_of_triton(config: TrainConfig) -> Iterator[str]:
             )
 
 
+def _information(config: TrainConfig) -> Iterator[str]:
+    attention, every = config.attention, config.monitoring.information_every_steps
+    dense = attention.kind == AttentionKind.dense
+    if every and (dense or attention.selector == Selector.dense_window):
+        what = "kind=dense" if dense else "selector=dense_window"
+        yield _broken(
+            "monitoring.information_every_steps",
+            every,
+            f"attention.{what} has no blocks to measure",
+            "set monitoring.information_every_steps=0",
+        )
+
+
 ATTENTION_RULES: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _topk,
     _head_group,
@@ -289,5 +302,6 @@ ATTENTION_RULES: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _topk_schedule,
     _topk_schedule_of_what,
     _topk_of_triton,
+    _information,
 )
 """All rules of the attention, in the order of their messages."""

@@ -55,11 +55,10 @@ def make_needle(tokenizer: Tokenizer, haystack: list[int], num_tokens: int, tria
         return ids
 
     start = encode("<|im_start|>user\nRead the text and remember the magic number.\n\n")
-    needle = encode(f"\nOne of the special magic numbers for {city} is: {number}.\n")
-    answer = f"The special magic number for {city} mentioned in the text is"
+    needle = encode(f"\nThe magic number for {city} is {number}.\n")
     question = encode(
-        f"<|im_end|>\n<|im_start|>user\nWhat is the special magic number for {city} mentioned in the text?"
-        f"<|im_end|>\n<|im_start|>assistant\n{answer} {number}"
+        f"\n\nWhat is the magic number for {city}?<|im_end|>\n<|im_start|>assistant\n"
+        f"The magic number for {city} is {number}"
     )
     room = num_tokens - len(start) - len(needle) - len(question)
     if len(haystack) < room:

@@ -1,4 +1,7 @@
-"""Selectors as the attention of a probe model: the blocks and the attention are those of training."""
+"""Selectors as the attention of a probe model: blocks chosen as in training, attended to through a mask.
+
+A test holds the output to the kernels' `attend`, which is slower for a few queries.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from phsa_kernels.api import attend
 from phsa_megatron.attention.block_choice import choose_blocks
+from phsa_megatron.attention.information_loss import block_flags
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.compose import compose
@@ -80,21 +84,20 @@ class Probe:
         """
         if len(keys) != self.side_info.token_ids.numel():
             raise ValueError(f"{len(keys)} keys for a document of {self.side_info.token_ids.numel()} tokens")
-        rows = torch.arange(len(keys) - len(query), len(keys))
+        n, total, m = len(query), len(keys), self.attention.block_tokens
+        rows = torch.arange(total - n, total)
         ids = self.choose(query, keys, rows, topk)
-        out, _ = attend(
-            query,
-            keys,
-            values,
-            ids,
-            rows.to(torch.int32),
-            torch.zeros(len(rows), dtype=torch.int32),
-            self.side_info.cu_seqlens,
-            init_tokens=self.attention.init_tokens,
-            local_tokens=self.attention.local_tokens,
-            block_tokens=self.attention.block_tokens,
+        block, current = torch.arange(-(-total // m)), (rows // m)[:, None]
+        in_window = (block < self.attention.init_tokens // m) | (
+            block > current - self.attention.local_tokens // m
         )
-        return out
+        blocks = in_window[:, None] | block_flags(ids, len(block))  # [n, Hsel, blocks]
+        seen = blocks.repeat_interleave(m, -1)[..., :total] & (torch.arange(total) <= rows[:, None])[:, None]
+        seen = seen.repeat_interleave(query.shape[1] // ids.shape[1], 1).transpose(0, 1)  # [Hq, n, total]
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
+        grouped = query.shape[1] > keys.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        return out[0].transpose(0, 1)
 
 
 def selects(name: str, attention: AttentionConfig) -> bool:

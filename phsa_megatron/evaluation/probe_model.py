@@ -74,7 +74,6 @@ class ProbeModel:
         if "lm_head.weight" not in self.weights:
             self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
 
-    @torch.no_grad()
     def read(
         self, tokens: Tensor, before: KeysAndValues | None = None, attend: Attend = attend_densely
     ) -> tuple[Tensor, KeysAndValues]:
@@ -85,11 +84,23 @@ class ProbeModel:
             before: of the text before them, which is left as it is.
             attend: the attention of these tokens.
         """
+        hidden, after = self.read_many(tokens, before, [attend])
+        return hidden[0], after[0]
+
+    @torch.no_grad()
+    def read_many(
+        self, tokens: Tensor, before: KeysAndValues | None, attends: list[Attend]
+    ) -> tuple[Tensor, list[KeysAndValues]]:
+        """Read the same tokens with several attentions at once, which shares the products with the weights.
+
+        Returns:
+            Hidden states [attentions, n, width] after the last norm, and all keys and values of each.
+        """
         start = before.num_tokens if before else 0
         angles = torch.arange(start, start + len(tokens)).float()[:, None] * self.frequencies
         turn = angles.cos()[:, None], angles.sin()[:, None]
-        hidden = self.weights["model.embed_tokens.weight"][tokens]
-        after = KeysAndValues([], [])
+        hidden = self.weights["model.embed_tokens.weight"][tokens].expand(len(attends), -1, -1)
+        after = [KeysAndValues([], []) for _ in attends]
         for layer in range(self.num_layers):
             name = f"model.layers.{layer}."
             x = self._norm(hidden, name + "input_layernorm")
@@ -98,12 +109,16 @@ class ProbeModel:
                 for p in "qkv"
             )
             q, k = _rotate(q, *turn), _rotate(k, *turn)
-            if before:
-                k, v = torch.cat([before.keys[layer], k]), torch.cat([before.values[layer], v])
-            after.keys.append(k)
-            after.values.append(v)
-            out = attend(layer, q, k, v).to(x.dtype).flatten(1)
-            hidden = hidden + linear(out, self.weights[name + "self_attn.o_proj.weight"])
+            outs = []
+            for i, attend in enumerate(attends):
+                keys, values = k[i], v[i]
+                if before:
+                    keys = torch.cat([before.keys[layer], keys])
+                    values = torch.cat([before.values[layer], values])
+                after[i].keys.append(keys)
+                after[i].values.append(values)
+                outs.append(attend(layer, q[i], keys, values).to(x.dtype).flatten(1))
+            hidden = hidden + linear(torch.stack(outs), self.weights[name + "self_attn.o_proj.weight"])
             x = self._norm(hidden, name + "post_attention_layernorm")
             gate, up = (linear(x, self.weights[f"{name}mlp.{p}_proj.weight"]) for p in ("gate", "up"))
             hidden = hidden + linear(silu(gate) * up, self.weights[name + "mlp.down_proj.weight"])

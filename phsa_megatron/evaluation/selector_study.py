@@ -32,11 +32,13 @@ from phsa_megatron.config.schema import AttentionConfig
 from phsa_megatron.data.tokenizer import Tokenizer as RunTokenizer
 from phsa_megatron.evaluation.needles import NUM_DIGITS, make_needle
 from phsa_megatron.evaluation.probe_attention import SELECTORS, Probe, selects, settings_of
-from phsa_megatron.evaluation.probe_model import KeysAndValues, ProbeModel, attend_densely
+from phsa_megatron.evaluation.probe_model import Attend, KeysAndValues, ProbeModel, attend_densely
 from phsa_megatron.evaluation.study_texts import TEXTS, text_of
 
 TOPK = (1, 2, 4, 8, 16)
 NEEDLE_TOKENS, NEEDLE_WINDOWS = 1024, (16, 128)
+_AT_ONCE = 40
+"""Cells of a trial that read the question together."""
 MASS_TOKENS, MASS_WINDOWS, MASS_ROWS = 8192, (128, 512), 256
 
 
@@ -123,31 +125,35 @@ def _needle_cells(
     if prefill == "dense":
         _, before = study.model.read(prefix)
     probes: dict[str, Probe] = {}
-    cells = []
+    attends: list[Attend] = []
     for name, settings, topk in wanted:
-        attend = attend_densely
-        if settings is not None:
+        if settings is None:
+            attends.append(attend_densely)
+        else:
             if name not in probes:
                 probes[name] = study.probe(whole, settings)
-            attend = _without_layer(probes[name], max(topk, 1))
-        hidden, _ = study.model.read(question if before else whole, before, attend)
-        found = study.model.logits(hidden[-NUM_DIGITS - 1 : -1]).argmax(-1).tolist()
-        cells.append(
-            {
-                "prefill": prefill,
-                "text": text,
-                "trial": trial,
-                "selector": name,
-                "topk": topk,
-                "depth_frac": needle.depth_frac,
-                "hit": found == needle.digits,
-                "num_digits": sum(a == b for a, b in zip(found, needle.digits, strict=True)),
-            }
-        )
-    return cells
+            attends.append(_without_layer(probes[name], max(topk, 1)))
+    found = []
+    for part in range(0, len(attends), _AT_ONCE if before else 1):
+        some = attends[part : part + (_AT_ONCE if before else 1)]
+        hidden, _ = study.model.read_many(question if before else whole, before, some)
+        found += study.model.logits(hidden[:, -NUM_DIGITS - 1 : -1]).argmax(-1).tolist()
+    return [
+        {
+            "prefill": prefill,
+            "text": text,
+            "trial": trial,
+            "selector": name,
+            "topk": topk,
+            "depth_frac": needle.depth_frac,
+            "hit": digits == needle.digits,
+            "num_digits": sum(a == b for a, b in zip(digits, needle.digits, strict=True)),
+        }
+        for (name, _, topk), digits in zip(wanted, found, strict=True)
+    ]
 
 
-def _without_layer(probe: Probe, topk: int) -> Any:
+def _without_layer(probe: Probe, topk: int) -> Attend:
     return lambda layer, query, keys, values: probe.attend(topk, query, keys, values)
 
 

@@ -129,6 +129,11 @@ BROKEN = [
         ["attention.train_topk=65", "at most 64", "reference"],
     ),
     (
+        "_information",
+        {"attention.kind": AttentionKind.dense, "monitoring.information_every_steps": 10},
+        ["information_every_steps=10", "kind=dense has no blocks", "information_every_steps=0"],
+    ),
+    (
         "_max_documents",
         {"data.max_documents_per_sequence": 513},
         ["max_documents_per_sequence=513", "seq_len_tokens=512", "use at most 512"],
