@@ -106,7 +106,8 @@ def block_mass(
     scores = torch.einsum("nhrd,khd->nhrk", grouped, keys).flatten(1, 2) * scale
     future = torch.arange(num_keys, device=keys.device) > position[:, None]
     mass = scores.masked_fill(future[:, None], -math.inf).softmax(-1)
-    return torch.nn.functional.pad(mass, (0, -num_keys % m)).unflatten(-1, (-1, m)).sum(-1)
+    padded = torch.nn.functional.pad(mass, (0, -num_keys % m))
+    return padded.view(n, num_heads, -1, m).sum(-1)
 
 
 def information_of_mass(mass: Tensor, ids: Tensor, position: Tensor, attention: AttentionConfig) -> Tensor:
@@ -120,7 +121,7 @@ def information_of_mass(mass: Tensor, ids: Tensor, position: Tensor, attention: 
     window = (mass * in_window[:, None]).sum(-1)  # [n, Hq]
     chosen = block_flags(ids, num_blocks)  # [n, Hsel, blocks]
     per_selection = num_heads // ids.shape[1]
-    shared = mass.unflatten(1, (ids.shape[1], per_selection)).sum(2)
+    shared = mass.view(n, ids.shape[1], per_selection, num_blocks).sum(2)
     width = min(topk, num_blocks)
     best = shared.masked_fill(~candidate[:, None], -1.0).topk(width, dim=-1)
     best_ids = torch.where(best.values >= 0, best.indices, -1)
@@ -188,7 +189,7 @@ class InformationRecorder:
             sample = tokens[rows]
         bounds = side_info.cu_seqlens.tolist()
         heads = slice(self.first_head, self.first_head + query.shape[1])
-        for number in document[sample].unique().tolist():
+        for number in sorted(set(document[sample].tolist())):
             here = document[sample] == number
             start, end = bounds[number], bounds[number + 1]
             if end - start <= side_info.attention.dense_len_tokens:

