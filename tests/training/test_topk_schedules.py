@@ -1,4 +1,4 @@
-"""Schedules of k, selectors and information metrics in real runs: exact under resume, nothing else changes."""
+"""Schedules of k, selectors and information metrics in real runs: exact under resume, nothing else moves."""
 
 import json
 
