@@ -31,6 +31,7 @@ from phsa_megatron.config.compose import compose, options
 from phsa_megatron.config.derive import derive, world_size
 from phsa_megatron.config.errors import ConfigError, TrainingError
 from phsa_megatron.config.keys import did_you_mean
+from phsa_megatron.config.resolved import load
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionKind, Selector, TrainConfig
 from phsa_megatron.config.validate import validate
@@ -182,6 +183,8 @@ def _train(
 def _train_one(config: TrainConfig, arguments: list[str]) -> None:
     module = "phsa_megatron.cli" if world_size(config) == 1 else "phsa_launch.cli"
     folder = RunFolder.of(config)
+    if folder.done.exists() and load(folder.config_file) == config:
+        return
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     log = folder.path.parent / f"{config.run.name}.log"
     with log.open("a", encoding="utf-8") as stream:

@@ -191,6 +191,15 @@ def test_dense_layers_and_dense_passes_equal_dense_attention():
     assert not torch.allclose(first, dense, rtol=1e-3)
 
 
+def test_a_dense_pass_shows_its_recorder_what_would_be_selected():
+    inputs, settings = qkv(), settings_of(Selector.phsa)
+    chosen = run(settings, inputs)[1].ids
+    out, seen = run(settings, inputs, is_dense=True)
+    assert torch.equal(seen.ids, chosen)
+    dense = attention(settings, DenseCoreAttention)(*inputs, None, packed_seq_params=info(settings))
+    assert torch.equal(out, dense)
+
+
 def test_each_layer_selects_its_own_k():
     inputs, settings = qkv(), settings_of(Selector.phsa)
     for layer, expected in ((1, 1), (2, 3), (3, 2)):

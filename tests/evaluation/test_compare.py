@@ -146,5 +146,3 @@ def test_the_cpu_demo_is_compared_at_toy_size_and_a_second_start_trains_nothing(
     assert results[1]["total"]["kept_mass_frac"] > results[0]["total"]["kept_mass_frac"]
     for name in ("mass.png", "layers_and_heads.png"):
         assert (tmp_path / "runs/toy/phsa-seed1/information_loss" / name).read_bytes().startswith(b"\x89PNG")
-    phsa_train("information-loss", run, "--dense", "--sequences", "1", "--out", "dense")
-    assert (tmp_path / "dense/information_loss.json").exists()
