@@ -4,6 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from phsa_kernels.api import phsa_attention
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
@@ -107,6 +108,21 @@ def test_mean_pool_is_phsa_at_lambda_one_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
     half, _ = run(settings_of(Selector.phsa), inputs)
     assert not torch.equal(half, outs[0][0])
+
+
+def test_phsa_is_the_kernels_own_composition_to_the_bit():
+    settings, inputs = settings_of(Selector.phsa), qkv(torch.float32)
+    out, seen = run(settings, inputs)
+    side = info(settings)
+    q, k, v = (x.transpose(0, 1).reshape(S * B, -1, D) for x in inputs)
+    windows = {"init_tokens": M, "local_tokens": 2 * M, "block_tokens": M}
+    whole = phsa_attention(q, k, v, side.pool_weights.reshape(-1), side.cu_seqlens, topk=2, **windows)
+    assert torch.equal(whole.ids, seen.ids)
+    expected = whole.out.reshape(B, S, -1).transpose(0, 1)
+    assert torch.equal(out, expected)
+    upstream = torch.randn_like(out)
+    gradients = [torch.autograd.grad(x, inputs, upstream) for x in (out, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_selectors_choose_differently():
