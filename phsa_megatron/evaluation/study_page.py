@@ -132,8 +132,8 @@ def _mass_part(cells: list[dict[str, Any]], page: Path) -> list[str]:
         f"Documents of 8,192 tokens, init 128 + local 512, {first['rows']} query rows x 30 layers x 9 heads. "
         f"The windows alone keep: {windows}. An oracle takes the k blocks with the most true mass; this is "
         f"the share of its gain over the windows that a selector recovers, over queries with a choice (mean "
-        f"± standard deviation over {len(texts)} texts: {', '.join(texts)}). `moba` chooses for each query head "
-        "and is held to an oracle that does so too:\n",
+        f"± standard deviation over {len(texts)} texts: {', '.join(texts)}). `moba` chooses for each query "
+        "head and is held to an oracle that does so too:\n",
         _table(head, rows),
         f"![share of the oracle's gain]({page.name}_mass.png)\n",
         "Share of the dense attention mass that is kept, windows included:\n",
