@@ -189,6 +189,17 @@ def _elsewhere(module: str, function: str = "main") -> Callable[[list[str]], int
     return run
 
 
+def _in_megatron(module: str) -> Callable[[list[str]], int]:
+    """Return a command that opens a model in this process: the CPU shim comes before megatron is imported."""
+
+    def run(argv: list[str]) -> int:
+        _call("phsa_megatron.parallel.cpu_shim", "install")()
+        _call("phsa_megatron.parallel.mcore", "hide_known_notices")()
+        return _call(module, "main")(argv)
+
+    return run
+
+
 def _explain(argv: list[str]) -> int:
     parser = _parser(
         "explain",
@@ -274,9 +285,24 @@ COMMANDS: dict[str, Command] = {
         "check this node, and its place among the others, before a run",
         _elsewhere("phsa_megatron.preflight.command"),
     ),
+    "punctuation": Command(
+        "a tokenizer's punctuation set, and how dense it is in texts",
+        _elsewhere("phsa_megatron.evaluation.punctuation_density"),
+    ),
+    "information-loss": Command(
+        "what selection loses in a trained model, by selector, k, layer and head",
+        _in_megatron("phsa_megatron.evaluation.information_loss"),
+    ),
+    "compare": Command(
+        "train and evaluate attentions under equal budgets", _elsewhere("phsa_megatron.evaluation.compare")
+    ),
+    "selector-study": Command(
+        "needles and attention mass of every selector on SmolLM2-135M",
+        _in_megatron("phsa_megatron.evaluation.selector_study"),
+    ),
     "report": Command("write report.html of run folders", _elsewhere("phsa_megatron.monitoring.report")),
     "replay": Command(
-        "run the step again that a run stopped at", _elsewhere("phsa_megatron.training.replay")
+        "run the step again that a run stopped at", _in_megatron("phsa_megatron.training.replay")
     ),
     "verify-resume": Command(
         "show that a resumed run equals an uninterrupted one",

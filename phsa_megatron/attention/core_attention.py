@@ -1,4 +1,4 @@
-"""The core attentions that a megatron layer is built with: PHSA, and dense attention as its baseline.
+"""The core attentions of a megatron layer: over selected blocks, and dense attention as its baseline.
 
 Both stand where megatron's DotProductAttention stands: they receive queries and keys after RoPE, and read
 document boundaries from the SideInfo on `packed_seq_params`. Neither has parameters, so that a checkpoint
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
-from phsa_kernels.api import attend, block_boundaries, phsa_attention, select
+from phsa_kernels.api import attend, block_boundaries, select
+from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.context_parallel import ContextShard
+from phsa_megatron.attention.dense_attention import Window, dense, dense_sharded
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError, DeviceError
-from phsa_megatron.config.schema import AttentionConfig, ParallelConfig
+from phsa_megatron.config.schema import AttentionConfig, ParallelConfig, Selector
+from phsa_megatron.config.selector_kinds import pools_where_keys_are
 from phsa_megatron.parallel.exchange import ContextGroups
 from phsa_megatron.parallel.mcore import HARMLESS_ATTENTION_ARGUMENTS
 
@@ -167,45 +167,62 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
 
 
 class PHSACoreAttention(_DocumentAttention):
-    """Punctuation-aware hybrid sparse attention (method, sections 2 and 3)."""
+    """Attention over init, local and selected blocks (method, sections 2 and 3), whatever selects them.
+
+    A layer of `attention.dense_layers`, and every layer in a pass whose side information says so, computes
+    full causal attention instead.
+    """
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         settings = self.attention
+        if self._is_dense(side_info):
+            if side_info.is_dense and side_info.recorder is not None:
+                self._selected(query, key, value, side_info)  # shows the recorder what it would choose
+            return dense(query, key, value, side_info, self.softmax_scale)
+        if settings.selector == Selector.dense_window:
+            return dense(query, key, value, side_info, self.softmax_scale, *self._sliding())
+        return self._selected(query, key, value, side_info)
+
+    def _selected(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
+        settings = self.attention
         q_pos, q_doc = side_info.positions()
-        out, lse, ids = phsa_attention(
-            query,
-            key,
-            value,
-            side_info.pool_weights.reshape(-1),
-            side_info.cu_seqlens,
-            topk=side_info.topk,
-            init_tokens=settings.init_tokens,
-            local_tokens=settings.local_tokens,
-            block_tokens=settings.block_tokens,
-            group_score=settings.group_score.value,
-            dense_len_tokens=settings.dense_len_tokens,
-            softmax_scale=self.softmax_scale,
-            q_pos=q_pos,
-            q_doc=q_doc,
-            impl=settings.impl.value,
+        ids = choose_blocks(
+            query.detach(),
+            key.detach(),
+            q_pos,
+            q_doc,
+            side_info,
+            settings,
+            side_info.topk_of(self.layer_number),
+            self.softmax_scale,
         )
-        if side_info.recorder is not None:
-            side_info.recorder.record(self.layer_number, query, key, value, ids, lse, side_info)
-        return out
+        return self._over(query, key, value, ids, q_pos, q_doc, side_info, None)
 
     def _attend_sharded(
         self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
     ) -> Tensor:
         settings = self.attention
+        if self._is_dense(side_info):
+            return dense_sharded(query, key, value, side_info, shard, self.softmax_scale)
+        if settings.selector == Selector.dense_window:
+            return dense_sharded(query, key, value, side_info, shard, self.softmax_scale, *self._sliding())
         tokens = shard.tokens(side_info)
         q_pos, q_doc = side_info.once("context_q", lambda: tuple(x[tokens] for x in side_info.positions()))
-        windows: dict[str, Any] = {
-            "init_tokens": settings.init_tokens,
-            "local_tokens": settings.local_tokens,
-            "block_tokens": settings.block_tokens,
-            "softmax_scale": self.softmax_scale,
-            "impl": settings.impl.value,
-        }
+        topk = side_info.topk_of(self.layer_number)
+        if not pools_where_keys_are(settings.selector):  # this selector reads all keys: it waits for them
+            gathering = shard.start_keys_and_values(key, value)
+            keys, values, _ = shard.keys_and_values(key, value, gathering, None, side_info)
+            ids = choose_blocks(
+                query.detach(),
+                keys.detach(),
+                q_pos,
+                q_doc,
+                side_info,
+                settings,
+                topk,
+                self.softmax_scale,
+            )
+            return self._over(query, keys, values, ids, q_pos, q_doc, side_info, tokens)
         pooled = shard.gather_pooled(key.detach(), side_info, settings)
         # Only after the small gather: collectives of one group run one after the other.
         gathering = shard.start_keys_and_values(key, value)
@@ -215,11 +232,26 @@ class PHSACoreAttention(_DocumentAttention):
             q_pos,
             q_doc,
             block_boundaries(side_info.cu_seqlens, settings.block_tokens),
-            topk=side_info.topk,
+            topk=topk,
             group_score=settings.group_score.value,
-            **windows,
+            **self._windows(),
         )
         keys, values, block_slot = shard.keys_and_values(key, value, gathering, ids, side_info)
+        return self._over(query, keys, values, ids, q_pos, q_doc, side_info, tokens, block_slot)
+
+    def _over(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        ids: Tensor,
+        q_pos: Tensor,
+        q_doc: Tensor,
+        side_info: SideInfo,
+        tokens: Tensor | None,
+        block_slot: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output over windows and the blocks `ids`, and show them to the recorder."""
         out, lse = attend(
             query,
             keys,
@@ -229,8 +261,8 @@ class PHSACoreAttention(_DocumentAttention):
             q_doc,
             side_info.cu_seqlens,
             block_slot,
-            dense_len_tokens=settings.dense_len_tokens,
-            **windows,
+            dense_len_tokens=self.attention.dense_len_tokens,
+            **self._windows(),
         )
         if side_info.recorder is not None:
             side_info.recorder.record(
@@ -238,50 +270,35 @@ class PHSACoreAttention(_DocumentAttention):
             )
         return out
 
+    def _windows(self) -> dict[str, Any]:
+        settings = self.attention
+        return {
+            "init_tokens": settings.init_tokens,
+            "local_tokens": settings.local_tokens,
+            "block_tokens": settings.block_tokens,
+            "softmax_scale": self.softmax_scale,
+            "impl": settings.impl.value,
+        }
+
+    def _sliding(self) -> tuple[Window, int]:
+        settings = self.attention
+        return Window(settings.init_tokens, settings.local_tokens), settings.dense_len_tokens
+
+    def _is_dense(self, side_info: SideInfo) -> bool:
+        in_list = self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
+        return in_list or side_info.is_dense
+
 
 class DenseCoreAttention(_DocumentAttention):
-    """Full causal attention inside every document, by torch's scaled_dot_product_attention.
-
-    Documents are attended one by one, so that work is the sum of their squared lengths and no mask of S x S
-    exists. megatron's own local attention builds that mask and knows no documents.
-    """
+    """Full causal attention inside every document (`dense_attention.py`)."""
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
-        documents = [
-            scaled_dot_product_attention(
-                q[:, :, start:end],
-                k[:, :, start:end],
-                v[:, :, start:end],
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-            for start, end in side_info.document_bounds()
-        ]
-        return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+        return dense(query, key, value, side_info, self.softmax_scale)
 
     def _attend_sharded(
         self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
     ) -> Tensor:
-        gathering = shard.start_keys_and_values(key, value)
-        keys, values, _ = shard.keys_and_values(key, value, gathering, None, side_info)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))  # [1, H, Tq or T, D]
-        pieces = [
-            scaled_dot_product_attention(
-                q[:, :, piece.own_start : piece.own_end],
-                k[:, :, piece.keys_start : piece.keys_end],
-                v[:, :, piece.keys_start : piece.keys_end],
-                # The last query sees the last key.
-                attn_mask=causal_lower_right(
-                    piece.own_end - piece.own_start, piece.keys_end - piece.keys_start
-                ),
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-            for piece in shard.document_pieces(side_info)
-        ]
-        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+        return dense_sharded(query, key, value, side_info, shard, self.softmax_scale)
 
 
 def _flat(x: Tensor) -> Tensor:

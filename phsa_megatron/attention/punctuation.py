@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch
+from phsa_megatron.config.schema import (
+    AttentionConfig,
+    PunctuationLanguage,
+    PunctuationMatch,
+    Selector,
+)
 
 ENGLISH_MARKS = frozenset(string.punctuation)
 """The 32 punctuation characters of ASCII."""
@@ -32,6 +37,9 @@ CHINESE_MARKS = frozenset(
     chr(ord(mark) + 0xFEE0) for mark in ENGLISH_MARKS
 )  # and the full-width forms of the ASCII marks
 """Marks of Chinese text, full-width forms included. With ENGLISH_MARKS they make the language `en_zh`."""
+
+SEPLLM_SEPARATORS = frozenset({".", ",", "?", "!", ";", ":", " ", "\t", "\n"})
+"""Tokens that SepLLM keeps."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,54 @@ class PunctuationTable:
         marks = ENGLISH_MARKS | (CHINESE_MARKS if language == PunctuationLanguage.en_zh else frozenset())
         flags = torch.tensor([_matches(token, match, marks) for token in decoded_tokens], dtype=torch.bool)
         name = f"{PunctuationMatch(match).value}-{PunctuationLanguage(language).value}"
-        digest = hashlib.sha256(name.encode())
-        digest.update(flags.to(torch.uint8).numpy().tobytes())
-        return cls(flags, name, digest.hexdigest())
+        return cls(flags, name, _digest(name, flags))
+
+    @classmethod
+    def separators(cls, decoded_tokens: Sequence[str]) -> PunctuationTable:
+        """Return the table of SepLLM's separators: tokens that are exactly one of them."""
+        flags = torch.tensor([token in SEPLLM_SEPARATORS for token in decoded_tokens], dtype=torch.bool)
+        return cls(flags, "sepllm", _digest("sepllm", flags))
+
+    def shuffled(self, decoded_tokens: Sequence[str], seed: int) -> PunctuationTable:
+        """Return a table with as many flags on other ids, drawn at random: a control for this one.
+
+        A draw from the whole vocabulary would hit words that hardly occur. It is made among the lowest ids
+        that are words or parts of words of two characters and more, eight times as many as there are flags:
+        in a vocabulary of merges these are the first merges, the frequent ones. Its density in text is not
+        that of this table; `phsa-train punctuation` prints both.
+        """
+        count = int(self.is_punctuation.sum())
+        words = [
+            i for i, token in enumerate(decoded_tokens) if len(token.strip()) > 1 and token.strip().isalpha()
+        ]
+        pool = torch.tensor(words[: 8 * count], dtype=torch.int64)
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        flags = torch.zeros_like(self.is_punctuation)
+        flags[pool[order[:count]]] = True
+        name = f"{self.name}-shuffled-{seed}"
+        return PunctuationTable(flags, name, _digest(name, flags))
 
     def to(self, device: torch.device) -> PunctuationTable:
         """Return the same table with its flags on `device`."""
         return PunctuationTable(self.is_punctuation.to(device), self.name, self.sha256)
+
+
+def table_of(decoded_tokens: Sequence[str], attention: AttentionConfig) -> PunctuationTable:
+    """Return the table that a run's settings ask for; some controls have another set than punctuation."""
+    if attention.selector == Selector.separators:
+        return PunctuationTable.separators(decoded_tokens)
+    table = PunctuationTable.build(
+        decoded_tokens, attention.punctuation_match, attention.punctuation_language
+    )
+    if attention.selector == Selector.shuffled:
+        return table.shuffled(decoded_tokens, attention.control_seed)
+    return table
+
+
+def _digest(name: str, flags: Tensor) -> str:
+    digest = hashlib.sha256(name.encode())
+    digest.update(flags.to(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _matches(token: str, match: PunctuationMatch, marks: frozenset[str]) -> bool:

@@ -106,13 +106,13 @@ class SelectionRecorder:
         selected_mass = -torch.expm1((window_lse - lse[rows]).double())
         length = (side_info.cu_seqlens[1:] - side_info.cu_seqlens[:-1])[q_doc]
         attended = _attended_keys(q_pos, length, ids[rows], settings)
-        choice = _has_choice(q_pos, length, settings, side_info.topk)
-        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        choice = _has_choice(q_pos, length, settings, side_info.topk_of(layer_number))
+        num_heads, num_selectors = query.shape[1], ids.shape[1]
         self.sums[layer_number - 1] += torch.stack(
             [
                 torch.tensor(float(len(rows) * num_heads), dtype=torch.float64, device=query.device),
                 selected_mass.sum(),
-                attended.sum().double() * (num_heads / num_kv_heads),
+                attended.sum().double() * (num_heads / num_selectors),
                 (q_pos.double() + 1).sum() * num_heads,
                 choice.double().sum() * num_heads,
             ]

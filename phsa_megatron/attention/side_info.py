@@ -23,6 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from phsa_kernels.api import token_positions
+from phsa_megatron.attention.controls import branch_flags
 from phsa_megatron.attention.pool_weights import pool_weights
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.schema import AttentionConfig
@@ -76,6 +77,10 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """The settings that the weights were computed with."""
     topk: int
     """Selected blocks per query in this pass."""
+    layer_topk: tuple[int, ...] = ()
+    """The same for each layer of the main stack, from layer 1 on; empty if all layers select `topk`."""
+    is_dense: bool = False
+    """Every layer computes full causal attention in this pass."""
     recorder: SelectionListener | None = None
     """Collects selection statistics in evaluation; None in training."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -89,6 +94,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         attention: AttentionConfig,
         topk: int,
         recorder: SelectionListener | None = None,
+        layer_topk: tuple[int, ...] = (),
+        is_dense: bool = False,
     ) -> SideInfo:
         """Return the side information of one micro-batch. Every pipeline stage builds its own.
 
@@ -99,6 +106,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             attention: the recipe's attention settings.
             topk: `attention.train_topk` in training, `infer_topk` in evaluation and generation.
             recorder: receives every PHSA layer's selection, or None.
+            layer_topk: k of each layer of the main stack, if they differ.
+            is_dense: full causal attention in every layer.
 
         Raises:
             ValueError: a shape or dtype is wrong.
@@ -111,8 +120,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             raise ValueError(
                 f"cu_seqlens must be int32 [N + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )
-        if topk < 1:
-            raise ValueError(f"topk={topk} must be at least 1")
+        if min(topk, *layer_topk, topk) < 1:
+            raise ValueError(f"topk={topk}, layer_topk={layer_topk} must be at least 1")
         if not cu_seqlens.is_cuda:
             # On a GPU this would wait for the device; there the data room's own test has to do.
             _check_boundaries(cu_seqlens, *token_ids.shape)
@@ -121,12 +130,18 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             **_row_fields(token_ids.shape[1]),
             token_ids=token_ids,
             is_punctuation=is_punctuation,
-            pool_weights=_weights(is_punctuation, cu_seqlens, attention),
+            pool_weights=_weights(is_punctuation, token_ids, cu_seqlens, attention),
             cu_seqlens=cu_seqlens,
             attention=attention,
             topk=topk,
+            layer_topk=layer_topk,
+            is_dense=is_dense,
             recorder=recorder,
         )
+
+    def topk_of(self, layer_number: int) -> int:
+        """Return k of a layer, counted from 1; layers past the main stack select `topk`."""
+        return self.layer_topk[layer_number - 1] if layer_number <= len(self.layer_topk) else self.topk
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return (position in its document, document index), both int32 [b * S]."""
@@ -170,7 +185,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             self,
             token_ids=ids,
             is_punctuation=flags,
-            pool_weights=_weights(flags, self.cu_seqlens, self.attention),
+            pool_weights=_weights(flags, ids, self.cu_seqlens, self.attention),
+            layer_topk=(),
             recorder=None,
             _memo={},
         )
@@ -206,9 +222,11 @@ def _row_fields(seq_len_tokens: int) -> dict[str, Any]:
     }
 
 
-def _weights(is_punctuation: Tensor, cu_seqlens: Tensor, attention: AttentionConfig) -> Tensor:
+def _weights(
+    is_punctuation: Tensor, token_ids: Tensor, cu_seqlens: Tensor, attention: AttentionConfig
+) -> Tensor:
     return pool_weights(
-        is_punctuation,
+        branch_flags(is_punctuation, token_ids, cu_seqlens, attention),
         cu_seqlens,
         block_tokens=attention.block_tokens,
         mean_weight_frac=attention.mean_weight_frac,

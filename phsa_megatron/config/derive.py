@@ -8,7 +8,8 @@ from phsa_megatron.config import equations as print_equations
 from phsa_megatron.config import flops
 from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.memory import MemoryEstimate, estimate_memory
-from phsa_megatron.config.schema import AttentionKind, TrainConfig
+from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.selector_kinds import inference_topk, selects_blocks
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ def derive(config: TrainConfig) -> Derived:
 
 
 def _topk_inference(config: TrainConfig) -> int:
-    attention = config.attention
-    if attention.kind == AttentionKind.dense:
-        return 0
-    return attention.train_topk if attention.infer_topk is None else attention.infer_topk
+    return inference_topk(config.attention) if selects_blocks(config.attention) else 0
 
 
 def _decay_steps(config: TrainConfig) -> int:

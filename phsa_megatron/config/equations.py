@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phsa_megatron.config.context_volume import ExchangedTokens, context_volume
-from phsa_megatron.config.schema import AttentionKind, ContextExchange, LrSchedule, TrainConfig
+from phsa_megatron.config.schema import (
+    AttentionConfig,
+    AttentionKind,
+    ContextExchange,
+    LrSchedule,
+    TopkSchedule,
+    TrainConfig,
+)
+from phsa_megatron.config.selector_kinds import selects_blocks
+from phsa_megatron.config.topk_schedule import changes_over_steps
 
 if TYPE_CHECKING:
     from phsa_megatron.config.derive import Derived
@@ -122,16 +131,44 @@ def _flops(config: TrainConfig, derived: Derived) -> list[str]:
         f"{derived.flops_per_token_selected - linear:,.0f} = {derived.flops_per_token_selected:.4g}",
     ]
     if attention.kind == AttentionKind.phsa:
-        windows = f"init {attention.init_tokens} + local {attention.local_tokens}"
-        chosen = f"{attention.train_topk} x {attention.block_tokens}"
-        lines += [
-            f"sparsity at the last token = 1 - at most ({windows} + {chosen}) / {length:,} tokens = "
-            f"{derived.sparsity_last_token_frac:.2%} (k = {attention.train_topk})",
-            f"sparsity, mean over causal positions = {derived.sparsity_mean_frac:.2%} "
-            f"(k = {attention.train_topk})",
-            f"selected blocks in evaluation and generation (k) = {derived.topk_inference}",
-        ]
+        lines += _sparsity(config, derived)
     return lines
+
+
+def _sparsity(config: TrainConfig, derived: Derived) -> list[str]:
+    """The two definitions, each named; then what differs from them in some steps or layers."""
+    attention, length = config.attention, config.data.seq_len_tokens
+    selects = selects_blocks(attention)
+    k = f"k = {attention.train_topk}" if selects else "nothing selected"
+    attended = f"init {attention.init_tokens} + local {attention.local_tokens}"
+    if selects:
+        attended += f" + {attention.train_topk} x {attention.block_tokens}"
+    lines = [
+        f"selector = {attention.selector}",
+        f"sparsity at the last token = 1 - at most ({attended}) / {length:,} tokens = "
+        f"{derived.sparsity_last_token_frac:.2%} ({k})",
+        f"sparsity, mean over causal positions = {derived.sparsity_mean_frac:.2%} ({k})",
+        f"selected blocks in evaluation and generation (k) = {derived.topk_inference}",
+    ]
+    if attention.dense_layers:
+        numbers = ", ".join(map(str, sorted(attention.dense_layers)))
+        lines.append(f"layers with full causal attention, 0% sparse = {numbers} of {config.model.num_layers}")
+    if changes_over_steps(attention):
+        lines.append(f"k over the steps = {_schedule(attention)}; FLOPs and sparsity above are those of {k}")
+    return lines
+
+
+def _schedule(attention: AttentionConfig) -> str:
+    first = f"dense for {attention.topk_dense_steps:,} steps, then " if attention.topk_dense_steps else ""
+    choices = ", ".join(map(str, attention.topk_choices))
+    kinds = {
+        TopkSchedule.constant: f"{attention.train_topk}",
+        TopkSchedule.anneal: f"from {attention.topk_start} down to {attention.train_topk} over "
+        f"{attention.topk_anneal_steps:,} steps, then {attention.train_topk}",
+        TopkSchedule.random_step: f"one of {choices} drawn per step",
+        TopkSchedule.random_layer: f"one of {choices} drawn per step and layer",
+    }
+    return first + kinds[attention.topk_schedule]
 
 
 def _memory(config: TrainConfig, derived: Derived) -> list[str]:

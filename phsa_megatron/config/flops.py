@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig
+from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig, Selector
+from phsa_megatron.config.selector_kinds import selects_blocks
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ def attended_tokens(position: int, attention: AttentionConfig, topk: int) -> int
     Init and local are whole blocks clipped to the position; each token counts once; with fewer candidates
     than k, all of them are chosen.
     """
+    if attention.selector == Selector.dense_window:
+        return min(position + 1, attention.init_tokens + attention.local_tokens)
+    if attention.selector == Selector.window:
+        topk = 0
     m = attention.block_tokens
     local_start, num_init = _local_start(position, attention), attention.init_tokens // m
     local = position - local_start * m + 1
@@ -110,6 +115,9 @@ def selected_pairs(num_tokens: int, attention: AttentionConfig, topk: int) -> in
     """Return the (query, key) pairs that PHSA attends to over one document of `num_tokens`."""
     if is_dense(num_tokens, attention):
         return causal_pairs(num_tokens)
+    if attention.selector == Selector.dense_window:
+        inside = min(num_tokens, attention.init_tokens + attention.local_tokens)
+        return causal_pairs(inside) + (num_tokens - inside) * inside
     m, total = attention.block_tokens, 0
     for block_start in range(0, num_tokens, m):
         # Inside a block only the local part grows, by one token a query.
@@ -122,15 +130,22 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
     """Return the (query, block) pairs that selection must score over one document.
 
     softmax_sum scores every block before the current one, windows included, because its normalizer runs over
-    them; raw_sum needs only the candidates.
+    them; raw_sum and MoBA need only the candidates. InfLLM-V2 scores the pooling windows that have ended.
     """
-    if is_dense(num_tokens, attention):
+    if is_dense(num_tokens, attention) or not selects_blocks(attention):
         return 0
+    if attention.selector == Selector.infllm_v2:
+        kinds = ((32, 16), (128, 64)) if attention.coarse_lse else ((32, 16),)
+        return sum(
+            max(0, (i + 1 - length) // stride + 1)
+            for length, stride in kinds
+            for i in range(length - 1, num_tokens)
+        )
     m, total = attention.block_tokens, 0
     num_init = attention.init_tokens // m
     for block_start in range(0, num_tokens, m):
         queries = min(m, num_tokens - block_start)
-        if attention.group_score == GroupScore.softmax_sum:
+        if attention.group_score == GroupScore.softmax_sum and attention.selector != Selector.moba:
             blocks = block_start // m
         else:
             blocks = max(0, _local_start(block_start, attention) - num_init)
@@ -140,15 +155,19 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
 
 def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
     """Return the forward FLOPs of pooling and scoring of one layer over one document."""
-    if is_dense(num_tokens, attention):
+    if is_dense(num_tokens, attention) or not selects_blocks(attention):
         return 0
     complete_blocks = num_tokens // attention.block_tokens
+    # Bounds are found by comparing; variances are a second sum; windows of 32 tokens overlap twice.
+    sums = {Selector.minmax: 0, Selector.cumulant: 2, Selector.infllm_v2: 4 if attention.coarse_lse else 2}
     pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
+    pooling *= sums.get(attention.selector, 1)
+    vectors = 2 if attention.selector in (Selector.minmax, Selector.cumulant, Selector.halves) else 1
     # raw_sum is linear: the group's queries are summed first and scored once (method, section 3).
     per_pair = (
         model.num_query_heads if attention.group_score == GroupScore.softmax_sum else model.num_kv_heads
     )
-    return pooling + 2 * model.head_dim * per_pair * scored_pairs(num_tokens, attention)
+    return pooling + 2 * model.head_dim * per_pair * vectors * scored_pairs(num_tokens, attention)
 
 
 def attention_flops(pairs: int, model: ModelConfig) -> int:
@@ -172,8 +191,10 @@ def train_flops_per_sequence(
     if attention is None:
         return 3 * (linear + layers * attention_flops(causal_pairs(num_tokens), model))
     pairs = selected_pairs(num_tokens, attention, attention.train_topk)
-    selection = layers * selection_flops(num_tokens, model, attention)
-    return 3 * (linear + layers * attention_flops(pairs, model)) + selection
+    dense_layers = len(attention.dense_layers)
+    pairs = (layers - dense_layers) * pairs + dense_layers * causal_pairs(num_tokens)
+    selection = (layers - dense_layers) * selection_flops(num_tokens, model, attention)
+    return 3 * (linear + attention_flops(pairs, model)) + selection
 
 
 def last_token_sparsity_frac(num_tokens: int, attention: AttentionConfig, topk: int) -> float:

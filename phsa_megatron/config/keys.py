@@ -119,6 +119,8 @@ class Field:
             words = "one of " + ", ".join(self.choices)
         elif self.plain_type == list[str]:
             words = "a list of texts, like [a,b]"
+        elif self.plain_type == list[int]:
+            words = "a list of whole numbers, like [1,2]"
         elif get_origin(self.plain_type) is dict:
             words = "a mapping of names to settings"
         else:

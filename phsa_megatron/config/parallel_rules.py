@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from phsa_megatron.config.derive import model_parallel_size, pipeline_chunks, world_size
 from phsa_megatron.config.rule_messages import Rule, broken, multiples_around
 from phsa_megatron.config.schema import AttentionKind, ContextExchange, ContextSharding, TrainConfig
+from phsa_megatron.config.selector_kinds import pools_where_keys_are
 
 
 def _context_parallel(config: TrainConfig) -> Iterator[str]:
@@ -29,14 +30,28 @@ def _context_parallel(config: TrainConfig) -> Iterator[str]:
 
 def _context_exchange(config: TrainConfig) -> Iterator[str]:
     parallel = config.parallel
-    if parallel.context_exchange == ContextExchange.block_sparse and (
-        config.attention.kind == AttentionKind.dense
-    ):
+    sparse = parallel.context_exchange == ContextExchange.block_sparse
+    if sparse and config.attention.kind == AttentionKind.dense:
         yield broken(
             "parallel.context_exchange",
             parallel.context_exchange,
             "attention.kind=dense attends to every key, and selects no blocks",
             "set parallel.context_exchange=all_gather",
+        )
+    elif sparse and not pools_where_keys_are(config.attention.selector):
+        yield broken(
+            "parallel.context_exchange",
+            parallel.context_exchange,
+            f"attention.selector={config.attention.selector} reads every key before it selects",
+            "set parallel.context_exchange=all_gather, or attention.selector=phsa",
+        )
+    if parallel.context_exchange != ContextExchange.all_gather and config.monitoring.information_every_steps:
+        yield broken(
+            "monitoring.information_every_steps",
+            config.monitoring.information_every_steps,
+            f"information loss needs all keys, and parallel.context_exchange={parallel.context_exchange} may "
+            "send fewer",
+            "set parallel.context_exchange=all_gather, or monitoring.information_every_steps=0",
         )
     if parallel.context_sharding == ContextSharding.contiguous and config.model.mtp_num_layers:
         yield broken(

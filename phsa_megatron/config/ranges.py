@@ -70,6 +70,10 @@ RANGES: dict[str, Range] = {
     "attention.local_tokens": _FROM_ONE,
     "attention.mean_weight_frac": _FRAC,
     "attention.dense_len_tokens": _FROM_ZERO,
+    "attention.control_seed": Range(0, 2**31 - 1),
+    "attention.topk_dense_steps": _FROM_ZERO,
+    "attention.topk_start": _FROM_ONE,
+    "attention.topk_anneal_steps": _FROM_ZERO,
     "data.seq_len_tokens": Range(2),
     "data.max_documents_per_sequence": _FROM_ONE,
     "data.sources.*.weight": _FROM_ZERO,
@@ -114,6 +118,8 @@ RANGES: dict[str, Range] = {
     "health.max_gpu_temperature_c": _POSITIVE,
     "health.max_clock_skew_s": _POSITIVE,
     "health.max_all_reduce_s": _POSITIVE,
+    "monitoring.information_every_steps": _FROM_ZERO,
+    "monitoring.information_rows": _FROM_ONE,
 }
 
 EXPLAINED_ELSEWHERE = {

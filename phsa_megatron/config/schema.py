@@ -28,6 +28,34 @@ class KernelImpl(StrEnum):
     triton = "triton"
 
 
+class Selector(StrEnum):
+    """What chooses the blocks of `kind=phsa` (kernels/README.md has the formulas)."""
+
+    phsa = "phsa"
+    mean_pool = "mean_pool"
+    random_tokens = "random_tokens"
+    last_token = "last_token"
+    shuffled = "shuffled"
+    separators = "separators"
+    max_norm = "max_norm"
+    minmax = "minmax"
+    cumulant = "cumulant"
+    halves = "halves"
+    infllm_v2 = "infllm_v2"
+    moba = "moba"
+    window = "window"
+    dense_window = "dense_window"
+
+
+class TopkSchedule(StrEnum):
+    """How k changes over the steps of training."""
+
+    constant = "constant"
+    anneal = "anneal"
+    random_step = "random_step"
+    random_layer = "random_layer"
+
+
 class GroupScore(StrEnum):
     """How the scores of the query heads of one key-value group become one score (method, section 3)."""
 
@@ -173,7 +201,9 @@ class AttentionConfig:
     """The attention of every layer. The method page numbers are in brackets."""
 
     kind: AttentionKind = AttentionKind.phsa
-    """phsa or dense."""
+    """phsa (init, local and selected blocks) or dense."""
+    selector: Selector = Selector.phsa
+    """What chooses the blocks of kind=phsa: PHSA's pooled key, a baseline, a control or a better pool."""
     impl: KernelImpl = KernelImpl.reference
     """Implementation of the PHSA ops; used or refused, never swapped."""
     block_tokens: int = 16
@@ -196,6 +226,22 @@ class AttentionConfig:
     """English marks only, or English and Chinese [1]."""
     dense_len_tokens: int = 0
     """Documents of up to this many tokens get full causal attention; 0 never [4]."""
+    control_seed: int = 0
+    """Seed of the selectors random_tokens and shuffled."""
+    coarse_lse: bool = False
+    """selector=infllm_v2: take the softmax normalizer from coarser windows (128 tokens at stride 64)."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Numbers, from 1, of the layers with full causal attention."""
+    topk_schedule: TopkSchedule = TopkSchedule.constant
+    """constant: train_topk; anneal: from topk_start to it; random_step, random_layer: of topk_choices [4]."""
+    topk_dense_steps: int = 0
+    """First steps of training with full causal attention in every layer; schedules begin after them."""
+    topk_start: int | None = None
+    """anneal: k of its first step."""
+    topk_anneal_steps: int = 0
+    """anneal: steps until k is train_topk; k falls by equal factors."""
+    topk_choices: list[int] = field(default_factory=list)
+    """random_step, random_layer: the values of k, all equally likely; one is drawn per step, or per layer."""
 
 
 @dataclass
@@ -362,6 +408,10 @@ class MonitoringConfig:
 
     log_every_steps: int = 1
     """Steps between metric records."""
+    information_every_steps: int = 0
+    """Steps between measurements of the attention mass that selection loses, in training; 0 never."""
+    information_rows: int = 32
+    """Queries that one such measurement looks at, per layer and micro-batch."""
     progress: bool = True
     """Progress bar on a terminal; without a terminal, plain lines."""
     report: bool = True

@@ -1,8 +1,8 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
 A rule yields messages made by `broken`: field, value, rule and fix. Rules of the layout are in
-`parallel_rules.py`, ranges of single numbers in `ranges.py`; types and names are checked earlier, by the
-schema.
+`parallel_rules.py`, of the attention in `attention_rules.py`, ranges of single numbers in `ranges.py`; types
+and names are checked earlier, by the schema.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from phsa_megatron.config.attention_rules import ATTENTION_RULES
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.parallel_rules import PARALLEL_RULES
 from phsa_megatron.config.ranges import RANGES
 from phsa_megatron.config.rule_messages import Rule, broken, multiples_around
-from phsa_megatron.config.schema import AttentionKind, Device, KernelImpl, LrSchedule, TrainConfig
+from phsa_megatron.config.schema import Device, KernelImpl, LrSchedule, TrainConfig
 from phsa_megatron.config.validate_health import local_copy, watchdog_timeouts
 from phsa_megatron.config.yaml_file import leaves
 
@@ -54,18 +55,6 @@ def _run_name(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _topk(config: TrainConfig) -> Iterator[str]:
-    attention = config.attention
-    for name, k in (("train_topk", attention.train_topk), ("infer_topk", attention.infer_topk)):
-        if k is not None and k < 1:
-            yield broken(
-                f"attention.{name}",
-                k,
-                "a query selects at least one block",
-                f"set attention.{name}=1 or more; for attention without selection use attention.kind=dense",
-            )
-
-
 def _heads_divide(config: TrainConfig) -> Iterator[str]:
     query, kv = config.model.num_query_heads, config.model.num_kv_heads
     if query % kv:
@@ -77,17 +66,6 @@ def _heads_divide(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _head_group(config: TrainConfig) -> Iterator[str]:
-    query, kv = config.model.num_query_heads, config.model.num_kv_heads
-    if config.attention.kind == AttentionKind.phsa and query % kv == 0 and query // kv > 16:
-        yield broken(
-            "model.num_kv_heads",
-            kv,
-            f"{query} query heads make groups of {query // kv}, and PHSA serves groups of 1 to 16",
-            f"use at least {-(-query // 16)} key-value heads",
-        )
-
-
 def _head_dim_even(config: TrainConfig) -> Iterator[str]:
     if config.model.head_dim % 2:
         yield broken(
@@ -95,39 +73,6 @@ def _head_dim_even(config: TrainConfig) -> Iterator[str]:
             config.model.head_dim,
             "RoPE turns pairs of channels",
             "use an even number",
-        )
-
-
-def _windows(config: TrainConfig) -> Iterator[str]:
-    attention = config.attention
-    if attention.kind == AttentionKind.dense:
-        return
-    m = attention.block_tokens
-    for name, tokens in (("init_tokens", attention.init_tokens), ("local_tokens", attention.local_tokens)):
-        if tokens % m and not (name == "local_tokens" and tokens < m):
-            yield broken(
-                f"attention.{name}",
-                tokens,
-                f"windows are whole blocks of attention.block_tokens={m}",
-                f"use {tokens // m * m} or {(tokens // m + 1) * m}",
-            )
-    if attention.local_tokens < m:
-        yield broken(
-            "attention.local_tokens",
-            attention.local_tokens,
-            f"the current block of attention.block_tokens={m} is always attended to",
-            f"use at least {m}",
-        )
-
-
-def _sequence_and_block(config: TrainConfig) -> Iterator[str]:
-    length, m = config.data.seq_len_tokens, config.attention.block_tokens
-    if config.attention.kind == AttentionKind.phsa and length < m:
-        yield broken(
-            "data.seq_len_tokens",
-            length,
-            f"a sequence holds at least one block of attention.block_tokens={m}",
-            f"use at least {m}",
         )
 
 
@@ -207,12 +152,9 @@ def _learning_rates(config: TrainConfig) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _run_name,
-    _topk,
+    *ATTENTION_RULES,
     _heads_divide,
-    _head_group,
     _head_dim_even,
-    _windows,
-    _sequence_and_block,
     _max_documents,
     _sources,
     _validation_text,

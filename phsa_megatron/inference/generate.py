@@ -19,6 +19,7 @@ from torch import Tensor
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.selector_kinds import inference_topk
 from phsa_megatron.parallel.groups import Groups
 
 # Sequences are padded to a multiple of this with a document of its own, which no earlier token can see: few
@@ -106,7 +107,7 @@ def _next_logits(
     padded[0, : len(tokens)] = torch.tensor(tokens)
     boundaries = torch.tensor([0, len(tokens), length], dtype=torch.int32)
     settings = config.attention
-    topk = settings.train_topk if settings.infer_topk is None else settings.infer_topk
+    topk = inference_topk(settings)
     padded, boundaries = padded.to(groups.device), boundaries.to(groups.device)
     positions = torch.arange(length, device=groups.device).unsqueeze(0)
 

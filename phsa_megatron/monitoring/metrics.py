@@ -57,6 +57,14 @@ _TOKEN_MEAN = "mean over the loss tokens of all processes"
 _LAST = "value at the logged step"
 _WINDOW = "over the last updates of this process"
 _EVAL_MEAN = "mean over the evaluated queries, heads and processes"
+_SAMPLED = "over sampled queries, heads and processes, every monitoring.information_every_steps steps"
+_INFORMATION = {
+    "kept_mass_frac": "Share of the full causal softmax on the keys that are attended to",
+    "window_mass_frac": "Share of the full causal softmax on the init and local windows alone",
+    "oracle_mass_frac": "The share that the best k blocks by true mass would keep, windows included",
+    "block_recall_frac": "Share of the best k blocks by true mass that are among the chosen ones",
+    "oracle_gain_frac": "Share of what the best k blocks add to the windows that the chosen ones add",
+}
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -152,6 +160,18 @@ METRICS: dict[str, Metric] = {
             "fraction",
             _EVAL_MEAN,
             "Queries that had to choose: more candidate blocks than top-k. Near 0, PHSA is only dense.",
+        ),
+        Metric(
+            "attention/topk",
+            "blocks",
+            "mean over the layers, at the logged step",
+            "Selected blocks per query (k) where they change over the steps; 0 is full causal attention.",
+        ),
+        *(
+            Metric(f"attention/{where}{name}", "fraction", _SAMPLED, meaning + there)
+            for where, there in (("", "."), ("layer_<n>/", ", in layer n."))
+            for name, meaning in _INFORMATION.items()
+            if not (where and name in ("window_mass_frac", "oracle_mass_frac"))
         ),
         Metric(
             "checkpoint/save_s",

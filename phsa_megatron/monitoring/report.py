@@ -143,7 +143,11 @@ def _subtitle(config: dict[str, Any]) -> str:
     attention, model, data = config["attention"], config["model"], config["data"]
     kind = attention["kind"]
     if kind == "phsa":
-        kind = f"PHSA, blocks of {attention['block_tokens']}, top-{attention['train_topk']}"
+        selector = attention.get("selector", "phsa")
+        name = "PHSA" if selector == "phsa" else selector
+        kind = f"{name}, blocks of {attention['block_tokens']}"
+        if selector not in ("window", "dense_window"):
+            kind += f", top-{attention['train_topk']}"
         kind += f", init {attention['init_tokens']} + local {attention['local_tokens']}"
     else:
         kind = f"{kind} attention"

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.topk_schedule import changes_over_steps, step_topk
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training import information
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
 from phsa_megatron.training.progress import Progress
@@ -76,11 +78,15 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
 def _step(run: Run, batches: list[Batch]) -> StepResult:
     """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
     rng = capture_rng()
+    recorder = information.recorder_of_step(run.config, run.groups, run.state.step + 1)
     try:
-        return train_step(run.parts, batches, run.table, run.state, run.progress)
+        result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder)
     except NonFiniteStepError as error:
         # Raised on all processes together, so that they can still write a checkpoint together.
         raise write_replay(run, error, rng) from error
+    if recorder is not None:
+        run.recorder.log(run.state.step, information.metrics(recorder, run.groups))
+    return result
 
 
 def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
@@ -89,6 +95,8 @@ def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
     step = run.state.step
     if step % run.config.monitoring.log_every_steps == 0 or step == run.config.run.train_steps:
         values = run.meter.record(run, result)
+        if changes_over_steps(run.config.attention):
+            values["attention/topk"] = step_topk(run.config, step).mean
         run.recorder.log(step, values)
         run.console.step(step, values)
 

@@ -167,11 +167,11 @@ def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
     reader = BatchReader(config, "train", tokenizer)
     faults = Faults.from_environment(groups.rank)
     step = state.step + 1
-    forward_step = ForwardStep(
+    forward_step = ForwardStep.of_step(
         config,
         punctuation_table(config, tokenizer, groups),
-        config.attention.train_topk,
         groups,
+        step,
         poisoned=faults.happens("nan_loss", step),
     )
     batches = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from phsa_megatron.attention.punctuation import PunctuationTable
+from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.derive import Derived, derive
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
@@ -299,10 +299,7 @@ def _throughput(derived: Derived, config: TrainConfig, consumed_sequences: int) 
 
 def punctuation_table(config: TrainConfig, tokenizer: Tokenizer, groups: Groups) -> PunctuationTable:
     """Returns the punctuation flags of the run's tokenizer, on the model's device."""
-    attention = config.attention
-    return PunctuationTable.build(
-        tokenizer.decoded_tokens(), attention.punctuation_match, attention.punctuation_language
-    ).to(groups.device)
+    return table_of(tokenizer.decoded_tokens(), config.attention).to(groups.device)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SelectionListener, SideInfo
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.topk_schedule import step_topk
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.optimizer import Parts, set_hyperparameters
@@ -111,6 +112,8 @@ class ForwardStep:
         recorder: collects selection statistics, in evaluation.
         poisoned: an injected fault: multiply the loss by NaN.
         progress: told when a micro-batch goes forward and when it turns back.
+        layer_topk: selected blocks per query of each layer, if they differ.
+        is_dense: full causal attention in every layer.
     """
 
     config: TrainConfig
@@ -120,6 +123,26 @@ class ForwardStep:
     recorder: SelectionListener | None = None
     poisoned: bool = False
     progress: Progress | None = None
+    layer_topk: tuple[int, ...] = ()
+    is_dense: bool = False
+
+    @classmethod
+    def of_step(
+        cls,
+        config: TrainConfig,
+        table: PunctuationTable,
+        groups: Groups,
+        step: int,
+        *,
+        poisoned: bool = False,
+        progress: Progress | None = None,
+        recorder: SelectionListener | None = None,
+    ) -> ForwardStep:
+        """Returns the forward pass of a step of training, with what its schedule selects."""
+        chosen = step_topk(config, step)
+        return cls(
+            config, table, chosen.topk, groups, recorder, poisoned, progress, chosen.by_layer, chosen.is_dense
+        )
 
     def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         """Returns the chunk's output and the function that turns the last stage's output into the loss."""
@@ -134,7 +157,14 @@ class ForwardStep:
         )
         # Fresh for each micro-batch and each chunk: layers recompute from what their own call captured.
         side_info = SideInfo.build(
-            tokens, cu_seqlens, self.table, self.config.attention, self.topk, self.recorder
+            tokens,
+            cu_seqlens,
+            self.table,
+            self.config.attention,
+            self.topk,
+            self.recorder,
+            self.layer_topk,
+            self.is_dense,
         )
         num_depths = self.config.model.mtp_num_layers
         output = model(
@@ -194,7 +224,12 @@ def forward_backward(
 
 
 def train_step(
-    parts: Parts, batches: list[Batch], table: PunctuationTable, state: TrainState, progress: Progress
+    parts: Parts,
+    batches: list[Batch],
+    table: PunctuationTable,
+    state: TrainState,
+    progress: Progress,
+    recorder: SelectionListener | None = None,
 ) -> StepResult:
     """Makes the step after `state`, and moves `state` on.
 
@@ -204,6 +239,7 @@ def train_step(
         table: punctuation flags on the model's device.
         state: counters; changed only if the step succeeds.
         progress: told of the phases of the step; has the injected faults.
+        recorder: sees what the layers select in this step.
 
     Raises:
         NonFiniteStepError: the loss or the gradient norm is not finite; raised on all processes, with
@@ -212,13 +248,14 @@ def train_step(
     step = state.step + 1
     consumed = state.consumed_sequences + parts.config.optim.global_batch_sequences
     lr = set_hyperparameters(parts, consumed)
-    forward_step = ForwardStep(
+    forward_step = ForwardStep.of_step(
         parts.config,
         table,
-        parts.config.attention.train_topk,
         parts.groups,
+        step,
         poisoned=progress.faults.happens("nan_loss", step),
         progress=progress,
+        recorder=recorder,
     )
     parts.zero_grad()
     rows = forward_backward(parts, batches, forward_step, forward_only=False)

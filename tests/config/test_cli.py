@@ -173,7 +173,8 @@ def test_commands_of_this_room_have_help(capsys, command):
         ("show-batch", "phsa_megatron.data.commands", "show_batch"),
         ("doctor", "phsa_megatron.doctor", "main"),
         ("report", "phsa_megatron.monitoring.report", "main"),
-        ("replay", "phsa_megatron.training.replay", "main"),
+        ("punctuation", "phsa_megatron.evaluation.punctuation_density", "main"),
+        ("compare", "phsa_megatron.evaluation.compare", "main"),
         ("verify-resume", "phsa_megatron.training.verify_resume", "main"),
     ],
 )
@@ -189,6 +190,29 @@ def test_other_rooms_commands_get_their_arguments_untouched(monkeypatch, command
     assert cli.main([command, "a", "--b", "c=d"]) == 3
     assert called == [module]
     assert seen == [["a", "--b", "c=d"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("replay", "phsa_megatron.training.replay"),
+        ("information-loss", "phsa_megatron.evaluation.information_loss"),
+        ("selector-study", "phsa_megatron.evaluation.selector_study"),
+    ],
+)
+def test_commands_that_open_a_model_install_the_cpu_shim_before_megatron(monkeypatch, command, module):
+    happened = []
+
+    def fake_import(name: str):
+        return types.SimpleNamespace(
+            install=lambda: happened.append(f"install {name}"),
+            hide_known_notices=lambda: None,
+            main=lambda argv: happened.append((name, argv)) or 3,
+        )
+
+    monkeypatch.setattr(cli.importlib, "import_module", fake_import)
+    assert cli.main([command, "a", "--b"]) == 3
+    assert happened == ["install phsa_megatron.parallel.cpu_shim", (module, ["a", "--b"])]
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, monkeypatch):

@@ -82,6 +82,7 @@ def _sample_value(field: keys.Field) -> tuple[str, object]:
         float: ("0.125", 0.125),
         bool: ("true", True),
         str: ("some/text", "some/text"),
+        list[int]: ("[3,4]", [3, 4]),
     }.get(field.plain_type, ("[one,two]", ["one", "two"]))
 
 

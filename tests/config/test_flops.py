@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from phsa_megatron.config import flops
-from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig
+from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig, Selector
 
 QWEN3_0P6B = dict(num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_query_heads=16, num_kv_heads=8)
 QWEN3_8B = dict(num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_query_heads=32, num_kv_heads=8)
@@ -135,3 +135,38 @@ def test_published_parameter_counts_of_qwen3():
 )
 def test_padded_vocabulary(vocab, tensor, padded):
     assert flops.padded_vocab_size(model(vocab_size=vocab), tensor) == padded
+
+
+def ended_windows(i: int, length: int, stride: int) -> int:
+    return sum(1 for start in range(0, i + 1, stride) if start + length - 1 <= i)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 200, 333])
+def test_other_selectors_cost_what_a_counting_loop_counts(length):
+    a = AttentionConfig(init_tokens=16, local_tokens=32)
+    a.selector = Selector.window
+    assert flops.selected_pairs(length, a, 2) == sum(len(allowed_keys(i, a, 0)) for i in range(length))
+    assert flops.selection_flops(length, model(), a) == flops.scored_pairs(length, a) == 0
+    a.selector = Selector.dense_window
+    seen = [{j for j in range(i + 1) if j < 16 or j > i - 32} for i in range(length)]
+    assert flops.selected_pairs(length, a, 2) == sum(map(len, seen))
+    assert flops.attended_tokens(length - 1, a, 2) == len(seen[-1])
+    a.selector = Selector.moba
+    candidates = sum(max(0, i // 16 - 2) for i in range(length))
+    assert flops.scored_pairs(length, a) == candidates
+    a.selector = Selector.infllm_v2
+    assert flops.scored_pairs(length, a) == sum(ended_windows(i, 32, 16) for i in range(length))
+    a.coarse_lse = True
+    both = sum(ended_windows(i, 32, 16) + ended_windows(i, 128, 64) for i in range(length))
+    assert flops.scored_pairs(length, a) == both
+
+
+def test_two_vectors_a_block_are_scored_twice_and_dense_layers_are_counted_as_such():
+    m, a = model(), AttentionConfig()
+    one = flops.selection_flops(4096, m, a)
+    a.selector = Selector.halves
+    assert flops.selection_flops(4096, m, a) - one == 2 * 128 * 16 * flops.scored_pairs(4096, a)
+    a.selector, p = Selector.phsa, flops.count_parameters(m, 151936)
+    sparse, dense = (flops.train_flops_per_sequence(4096, m, p, x) for x in (a, None))
+    a.dense_layers = list(range(1, 15))  # half of the layers
+    assert 2 * flops.train_flops_per_sequence(4096, m, p, a) == sparse + dense

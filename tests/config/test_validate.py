@@ -14,7 +14,9 @@ from phsa_megatron.config.schema import (
     GroupScore,
     KernelImpl,
     LrSchedule,
+    Selector,
     SourceConfig,
+    TopkSchedule,
 )
 
 # rule -> settings that break it and nothing else, and what its message must say: field and value, rule, fix.
@@ -34,6 +36,105 @@ BROKEN = [
         "_sequence_and_block",
         {"data.seq_len_tokens": 8},
         ["seq_len_tokens=8", "block_tokens=16", "at least 16"],
+    ),
+    (
+        "_selector_of_dense",
+        {"attention.kind": AttentionKind.dense, "attention.selector": Selector.last_token},
+        ["attention.selector=last_token", "selects nothing", "attention.kind=phsa"],
+    ),
+    (
+        "_selector_impl",
+        {
+            "attention.selector": Selector.minmax,
+            "attention.impl": KernelImpl.triton,
+            "cluster.device": Device.cuda,
+        },
+        ["attention.selector=minmax", "one pooled vector a block", "mean_pool", "attention.impl=reference"],
+    ),
+    (
+        "_selector_lambda",
+        {"attention.selector": Selector.moba},
+        ["mean_weight_frac=0.5", "moba has no second branch", "mean_weight_frac=1"],
+    ),
+    (
+        "_selector_group_score",
+        {
+            "attention.selector": Selector.infllm_v2,
+            "attention.mean_weight_frac": 1.0,
+            "attention.group_score": GroupScore.raw_sum,
+        },
+        ["group_score=raw_sum", "infllm_v2 has its own", "softmax_sum"],
+    ),
+    (
+        "_selector_blocks",
+        {
+            "attention.selector": Selector.infllm_v2,
+            "attention.mean_weight_frac": 1.0,
+            "attention.block_tokens": 8,
+        },
+        ["block_tokens=8", "multiple of 16"],
+    ),
+    (
+        "_separators",
+        {"attention.selector": Selector.separators},  # the demo has English and Chinese
+        ["attention.selector=separators", "SepLLM", "punctuation_language=en"],
+    ),
+    ("_coarse_lse", {"attention.coarse_lse": True}, ["coarse_lse=True", "InfLLM-V2", "infllm_v2"]),
+    (
+        "_topk_without_selection",
+        {
+            "attention.selector": Selector.window,
+            "attention.mean_weight_frac": 1.0,
+            "attention.infer_topk": 4,
+        },
+        ["infer_topk=4", "window selects no block", "infer_topk=null"],
+    ),
+    ("_dense_layers", {"attention.dense_layers": [0]}, ["dense_layers=[0]", "from 1 to", "correct"]),
+    ("_dense_layers", {"attention.dense_layers": [1, 1]}, ["dense_layers=[1, 1]", "at most once"]),
+    (
+        "_dense_layers",
+        {"attention.dense_layers": [1], "attention.kind": AttentionKind.dense},
+        ["dense_layers=[1]", "every layer dense"],
+    ),
+    (
+        "_topk_schedule",
+        {"attention.topk_schedule": TopkSchedule.anneal, "attention.topk_start": 2},
+        ["topk_schedule=anneal", "topk_start=2", "train_topk=2", "more than 2"],
+    ),
+    ("_topk_schedule", {"attention.topk_start": 8}, ["topk_schedule=constant", "belong to anneal"]),
+    (
+        "_topk_schedule",
+        {"attention.topk_schedule": TopkSchedule.random_step},
+        ["topk_choices=[]", "random_step", "topk_choices=[1,2,4,8]"],
+    ),
+    ("_topk_schedule", {"attention.topk_choices": [1]}, ["topk_choices=[1]", "is constant"]),
+    (
+        "_topk_schedule_of_what",
+        {
+            "attention.kind": AttentionKind.dense,
+            "attention.topk_schedule": TopkSchedule.random_step,
+            "attention.topk_choices": [1, 2],
+        },
+        ["topk_schedule=random_step", "kind=dense has no k", "constant"],
+    ),
+    (
+        "_topk_schedule_of_what",
+        {"attention.kind": AttentionKind.dense, "attention.topk_dense_steps": 5},
+        ["topk_dense_steps=5", "every step"],
+    ),
+    (
+        "_topk_of_triton",
+        {
+            "attention.train_topk": 65,
+            "attention.impl": KernelImpl.triton,
+            "cluster.device": Device.cuda,
+        },
+        ["attention.train_topk=65", "at most 64", "reference"],
+    ),
+    (
+        "_information",
+        {"attention.kind": AttentionKind.dense, "monitoring.information_every_steps": 10},
+        ["information_every_steps=10", "kind=dense has no blocks", "information_every_steps=0"],
     ),
     (
         "_max_documents",
@@ -253,6 +354,14 @@ def test_the_demo_breaks_no_rule(demo):
         {"attention.kind": AttentionKind.dense, "model.num_query_heads": 34},
         {"attention.impl": KernelImpl.triton, "cluster.device": Device.cuda},
         {"attention.init_tokens": 0},
+        {
+            "attention.impl": KernelImpl.triton,
+            "attention.selector": Selector.max_norm,
+            "cluster.device": Device.cuda,
+        },
+        {"attention.selector": Selector.mean_pool, "attention.mean_weight_frac": 1.0},
+        {"attention.dense_layers": [1, 3]},
+        {"attention.topk_schedule": TopkSchedule.random_layer, "attention.topk_choices": [1, 4]},
         {"model.num_query_heads": 32},  # R = 16, the largest group
         {"attention.group_score": GroupScore.raw_sum},
         {"optim.schedule": LrSchedule.cosine, "optim.decay_steps": 0},

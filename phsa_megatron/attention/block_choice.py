@@ -1,0 +1,99 @@
+"""The blocks that a selector chooses, from queries and all keys of a micro-batch.
+
+The selectors of one pooled key a block go through `pool` and `select`, as PHSA does, with other weights; the
+rest through `phsa_kernels.selectors`, which is eager. Letters as in `core_attention.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phsa_kernels.api import block_boundaries, pool, select
+from phsa_kernels.selectors import max_norm_flags, select_blocks
+from phsa_megatron.attention.controls import weights_of_flags
+from phsa_megatron.attention.side_info import SideInfo
+from phsa_megatron.config.schema import AttentionConfig, Selector
+from phsa_megatron.config.selector_kinds import ONE_POOLED_KEY, WITHOUT_SELECTION
+
+_KERNEL_KIND = {Selector.halves: "two_means"}
+
+
+@torch.no_grad()
+def choose_blocks(
+    query: Tensor,
+    keys: Tensor,
+    q_pos: Tensor,
+    q_doc: Tensor,
+    side_info: SideInfo,
+    attention: AttentionConfig,
+    topk: int,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Return the chosen blocks, int32 [Tq, Hkv (moba: Hq), k], as `phsa_kernels.api.select` does.
+
+    Args:
+        query: [Tq, Hq, D] after RoPE.
+        keys: [T, Hkv, D] after RoPE: all tokens of the micro-batch, in natural order.
+        q_pos: int32 [Tq], position of each query in its document.
+        q_doc: int32 [Tq], its document.
+        side_info: of the micro-batch.
+        attention: the selector's settings; those of `side_info` made its weights.
+        topk: k.
+        softmax_scale: None is D ** -0.5.
+    """
+    selector = attention.selector
+    if selector in WITHOUT_SELECTION:
+        return torch.empty(len(query), keys.shape[1], 0, dtype=torch.int32, device=query.device)
+    group_score = attention.group_score.value
+    if selector in ONE_POOLED_KEY:
+        pooled = pool(
+            keys,
+            _weights(keys, side_info, attention),
+            side_info.cu_seqlens,
+            block_tokens=attention.block_tokens,
+            impl=attention.impl.value,
+        )
+        return select(
+            query,
+            pooled,
+            q_pos,
+            q_doc,
+            block_boundaries(side_info.cu_seqlens, attention.block_tokens),
+            topk=topk,
+            init_tokens=attention.init_tokens,
+            local_tokens=attention.local_tokens,
+            block_tokens=attention.block_tokens,
+            group_score=group_score,
+            softmax_scale=softmax_scale,
+            impl=attention.impl.value,
+        )
+    joined = attention.mean_weight_frac < 1  # with the punctuation branch
+    return select_blocks(
+        query,
+        keys,
+        q_pos,
+        q_doc,
+        side_info.cu_seqlens,
+        kind=_KERNEL_KIND.get(selector, selector.value),
+        topk=topk,
+        init_tokens=attention.init_tokens,
+        local_tokens=attention.local_tokens,
+        block_tokens=attention.block_tokens,
+        group_score=group_score,
+        weights=side_info.pool_weights.reshape(-1) if joined else None,
+        marks=side_info.is_punctuation.reshape(-1) if joined else None,
+        mean_weight_frac=attention.mean_weight_frac,
+        coarse_lse=attention.coarse_lse,
+        softmax_scale=softmax_scale,
+        impl=attention.impl.value,
+    )
+
+
+def _weights(keys: Tensor, side_info: SideInfo, attention: AttentionConfig) -> Tensor:
+    """Return fp32 [T], or [T, Hkv] where the second branch depends on keys."""
+    if attention.selector != Selector.max_norm:
+        return side_info.pool_weights.reshape(-1)
+    position, _ = side_info.positions()
+    flags = max_norm_flags(keys, position, side_info.cu_seqlens, attention.block_tokens)
+    return weights_of_flags(flags, attention.block_tokens, attention.mean_weight_frac)

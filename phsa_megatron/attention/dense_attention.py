@@ -1,0 +1,120 @@
+"""Full causal and sliding-window attention inside every document, by torch's scaled_dot_product_attention.
+
+Documents are attended one by one, so that work is the sum of their squared lengths (of their lengths times
+the window) and no mask of S x S exists. megatron's own local attention builds that mask and knows no
+documents. Letters as in `core_attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from phsa_megatron.attention.context_parallel import ContextShard
+from phsa_megatron.attention.side_info import SideInfo
+
+_CHUNK_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a query of a sliding window sees: the document's first tokens, and the last ones up to itself."""
+
+    init_tokens: int
+    local_tokens: int
+
+
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    side_info: SideInfo,
+    scale: float | None,
+    window: Window | None = None,
+    dense_len_tokens: int = 0,
+) -> Tensor:
+    """Return [T, Hq, D] for query [T, Hq, D], key and value [T, Hkv, D].
+
+    Args:
+        query: all tokens of a micro-batch, after RoPE.
+        key: after RoPE.
+        value: as key.
+        side_info: of the micro-batch.
+        scale: of the dot products; None is D ** -0.5.
+        window: None is full causal attention.
+        dense_len_tokens: documents of up to this many tokens have no window.
+    """
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
+    documents = []
+    for start, end in side_info.document_bounds():
+        part = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
+        if window is None or end - start <= max(dense_len_tokens, window.local_tokens):
+            grouped = query.shape[1] > key.shape[1]
+            documents.append(
+                scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=grouped)
+            )
+        else:
+            documents += _windowed(*part, scale, window)
+    return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+
+
+def dense_sharded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    side_info: SideInfo,
+    shard: ContextShard,
+    scale: float | None,
+    window: Window | None = None,
+    dense_len_tokens: int = 0,
+) -> Tensor:
+    """Return [Tq, Hq, D] for this process's query [Tq, Hq, D], key and value [Tq, Hkv, D]; as `dense`."""
+    gathering = shard.start_keys_and_values(key, value)
+    keys, values, _ = shard.keys_and_values(key, value, gathering, None, side_info)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))  # [1, H, Tq or T, D]
+    lengths = {start: end - start for start, end in side_info.document_bounds()}
+    pieces = []
+    for piece in shard.document_pieces(side_info):
+        part = (
+            q[:, :, piece.own_start : piece.own_end],
+            k[:, :, piece.keys_start : piece.keys_end],
+            v[:, :, piece.keys_start : piece.keys_end],
+        )
+        length = lengths[piece.keys_start]
+        if window is None or length <= max(dense_len_tokens, window.local_tokens):
+            grouped = query.shape[1] > key.shape[1]
+            # The last query sees the last key.
+            mask = causal_lower_right(part[0].shape[2], part[1].shape[2])
+            pieces.append(
+                scaled_dot_product_attention(*part, attn_mask=mask, scale=scale, enable_gqa=grouped)
+            )
+        else:
+            pieces += _windowed(*part, scale, window)
+    return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: Window) -> Iterator[Tensor]:
+    """Yield [1, Hq, n, D] of successive queries; the last query of q [1, Hq, N, D] is at the last key."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    for start in range(0, num_queries, _CHUNK_QUERIES):
+        end = min(start + _CHUNK_QUERIES, num_queries)
+        position = torch.arange(start, end, device=q.device)[:, None] + num_keys - num_queries
+        first = max(0, start + num_keys - num_queries - window.local_tokens + 1)
+        # Only the keys that some query of the chunk sees.
+        init = torch.arange(min(window.init_tokens, first), device=q.device)
+        local = torch.arange(first, end + num_keys - num_queries, device=q.device)
+        key = torch.cat([init, local])
+        seen = (key <= position) & ((key < window.init_tokens) | (key > position - window.local_tokens))
+        yield scaled_dot_product_attention(
+            q[:, :, start:end],
+            k[:, :, key],
+            v[:, :, key],
+            attn_mask=seen,
+            scale=scale,
+            enable_gqa=q.shape[1] > k.shape[1],
+        )

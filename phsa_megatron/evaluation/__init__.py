@@ -1,0 +1,1 @@
+"""Judging a model and its selectors: needles, information loss, comparisons, tables and plots."""

@@ -1,0 +1,92 @@
+"""Schedules of k, selectors and information metrics in real runs: exact under resume, nothing else moves."""
+
+import json
+
+import pytest
+
+from phsa_megatron.config.schema import Selector, TopkSchedule
+from phsa_megatron.training.faults import VARIABLE
+
+SCHEDULES = {
+    "dense_first": {"attention.topk_dense_steps": 3},
+    "anneal": {
+        "attention.topk_schedule": TopkSchedule.anneal,
+        "attention.topk_start": 6,
+        "attention.topk_anneal_steps": 4,
+    },
+    "random_step": {
+        "attention.topk_schedule": TopkSchedule.random_step,
+        "attention.topk_choices": [1, 2, 4],
+    },
+    "random_layer": {
+        "attention.topk_schedule": TopkSchedule.random_layer,
+        "attention.topk_choices": [1, 2, 4],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_exact_under_resume(tiny_config, run, monkeypatch, name):
+    settings = SCHEDULES[name]
+    straight = run(tiny_config(**{"run.name": "straight", **settings}))
+    config = tiny_config(**{"run.name": "stopped", **settings})
+    monkeypatch.setenv(VARIABLE, "sigterm@3")
+    assert run(config).outcome.step == 3
+    monkeypatch.delenv(VARIABLE)
+    resumed = run(config)
+    assert resumed.curve() == straight.curve()
+    ks = [[s["attention/topk"] for s in r.steps if "attention/topk" in s] for r in (straight, resumed)]
+    assert ks[0] == ks[1] and len(ks[0]) == 6 and len(set(ks[0])) > 1
+
+
+def test_dense_steps_train_as_dense_attention_does(tiny_config, run):
+    first = run(tiny_config(**{"run.name": "first", "attention.topk_dense_steps": 3}))
+    dense = run(tiny_config(**{"run.name": "dense", "attention.kind": "dense"}))
+    assert first.curve()[:3] == dense.curve()[:3] and first.curve()[3:] != dense.curve()[3:]
+
+
+def test_information_is_logged_when_due_and_changes_nothing(tiny_config, run):
+    plain = run(tiny_config(**{"run.name": "plain"}))
+    settings = {"monitoring.information_every_steps": 2, "parallel.recompute": "selective"}
+    measured = run(tiny_config(**{"run.name": "measured", **settings}))
+    assert measured.curve() == plain.curve()
+    lines = map(json.loads, measured.folder.metrics_file.read_text().splitlines())
+    found = {r["step"]: r["values"] for r in lines if "attention/kept_mass_frac" in r.get("values", {})}
+    assert sorted(found) == [2, 4, 6]
+    for values in found.values():
+        shares = [values[f"attention/{x}_mass_frac"] for x in ("window", "kept", "oracle")]
+        assert 0 < shares[0] < shares[1] <= shares[2] <= 1 + 1e-6
+        assert {f"attention/layer_{n}/oracle_gain_frac" for n in (1, 2)} <= set(values)
+    assert not any("kept_mass" in key for step in plain.steps for key in step)
+
+
+def test_a_selector_changes_only_the_selection(tiny_config, run):
+    """Same data, same weights at the start, same files and tensors in the checkpoint."""
+    runs = {}
+    for selector in (Selector.phsa, Selector.moba):
+        lam = 0.5 if selector == Selector.phsa else 1.0
+        settings = {"attention.selector": selector, "attention.mean_weight_frac": lam, "run.train_steps": 4}
+        runs[selector] = run(tiny_config(**{"run.name": selector.value, **settings}))
+    states, layouts = [], []
+    for finished in runs.values():
+        (step,) = finished.folder.committed_steps()
+        folder = finished.folder.checkpoints_dir / f"step_{step:08d}"
+        state_file = next(p for p in folder.rglob("*.json") if "data_fingerprint" in p.read_text())
+        state = json.loads(state_file.read_text())
+        states.append((state["data_fingerprint"], state["consumed_sequences"], state["consumed_tokens"]))
+        layouts.append(_tensors(folder))
+    assert states[0] == states[1]
+    assert layouts[0] == layouts[1] and len(layouts[0]) > 10
+    assert runs[Selector.phsa].curve() != runs[Selector.moba].curve()
+
+
+def _tensors(folder):
+    """Names and shapes of all tensors in a checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    place = next(p for p in folder.rglob(".metadata")).parent
+    entries = FileSystemReader(place).read_metadata().state_dict_metadata
+    return {
+        name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }
