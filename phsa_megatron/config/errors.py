@@ -25,3 +25,8 @@ class DeviceError(PhsaError):
 
 class TrainingError(PhsaError):
     """Training stopped by itself, for a reason that the message gives."""
+
+
+def broken_rule(field: str, value: object, rule: str, fix: str) -> str:
+    """Return the line about a broken rule: which setting, what it says, what holds and what to do."""
+    return f"{field}={value}: {rule}; {fix}"

@@ -94,6 +94,10 @@ RANGES: dict[str, Range] = {
     "cluster.processes_per_node": _FROM_ONE,
     "cluster.peak_tflops": _POSITIVE,
     "cluster.memory_gib": _POSITIVE,
+    "cluster.gpus_per_node": _FROM_ONE,
+    "cluster.stop_lead_s": Range(10, 65535),
+    "cluster.max_failures_without_progress": _FROM_ONE,
+    "cluster.chain": Range(1, 1000),
     "monitoring.log_every_steps": _FROM_ONE,
 }
 

@@ -37,6 +37,16 @@ class RunFolder:
         self.logs_dir = self.path / "logs"
         self.wandb_dir = self.path / "wandb"
         self.replay_dir = self.path / "replay"
+        # Of a Slurm job; the batch script spells the same names.
+        self.job_script = self.path / "job.sbatch"
+        self.code_dir = self.path / "code"
+        self.job_ids_file = self.path / "job_ids"
+        self.restarts_file = self.path / "restarts.jsonl"
+        self.attempt_file = self.path / "attempt"
+        self.failures_file = self.path / "failures_without_progress"
+        self.gave_up = self.path / "gave_up"
+        self.bad_nodes = self.path / "bad_nodes"
+        self.heartbeats_dir = self.path / "heartbeats"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:

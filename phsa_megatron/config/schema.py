@@ -11,6 +11,10 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from phsa_megatron.config.cluster_schema import ClusterConfig as ClusterConfig
+from phsa_megatron.config.cluster_schema import Device as Device
+from phsa_megatron.config.cluster_schema import Scheduler as Scheduler
+
 
 class AttentionKind(StrEnum):
     """What a layer's core attention computes."""
@@ -46,13 +50,6 @@ class PunctuationLanguage(StrEnum):
 
     en = "en"
     en_zh = "en_zh"
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Dtype(StrEnum):
@@ -286,24 +283,6 @@ class EvaluateConfig:
     """Validation sequences per domain, always the same ones."""
     micro_batch_sequences: int = 1
     """Sequences per forward pass of one process in evaluation."""
-
-
-@dataclass
-class ClusterConfig:
-    """The machine: where processes start and what one device can do."""
-
-    name: str = MISSING
-    """Name of the cluster, for people."""
-    device: Device = Device.cpu
-    """cpu hides any GPU from the run; cuda is refused where there is none."""
-    num_nodes: int = 1
-    """Hosts."""
-    processes_per_node: int = 1
-    """Processes on each host: one a GPU, or any number on a CPU."""
-    peak_tflops: float | None = None
-    """Dense bf16 peak of one device in TFLOP/s, for utilization; null leaves utilization out."""
-    memory_gib: float | None = None
-    """Memory of one device, for the estimate printed at start; null leaves the comparison out."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
 A rule yields messages made by `_broken`: field, value, rule and fix. Ranges of single numbers are in
-`ranges.py`; types and names are checked earlier, by the schema.
+`ranges.py`, rules of the cluster in `validate_cluster.py`; types and names earlier, by the schema.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from phsa_megatron.config import keys
 from phsa_megatron.config.derive import model_parallel_size, pipeline_chunks, world_size
 from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.errors import broken_rule as _broken
 from phsa_megatron.config.ranges import RANGES
 from phsa_megatron.config.schema import AttentionKind, Device, KernelImpl, LrSchedule, TrainConfig
+from phsa_megatron.config.validate_cluster import CLUSTER_RULES
 from phsa_megatron.config.yaml_file import leaves
 
 Rule = Callable[[TrainConfig], Iterator[str]]
@@ -34,10 +37,6 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError("\n".join(broken))
 
 
-def _broken(field: str, value: object, rule: str, fix: str) -> str:
-    return f"{field}={value}: {rule}; {fix}"
-
-
 def _multiples_around(number: int, unit: int) -> str:
     """The positive multiples of `unit` next to `number`: one if `number` is smaller than `unit`."""
     below = number // unit * unit
@@ -47,8 +46,8 @@ def _multiples_around(number: int, unit: int) -> str:
 def _ranges(config: TrainConfig) -> Iterator[str]:
     values: dict[str, Any] = dict(leaves(asdict(config)))
     for key, value in values.items():
-        pattern = re.sub(r"^data\.sources\.[^.]+\.", "data.sources.*.", key)
-        allowed = RANGES.get(pattern)
+        field = keys.find(key)
+        allowed = RANGES.get(field.key) if field else None
         if allowed is not None and value is not None and not allowed.holds(value):
             yield _broken(key, value, f"it must be {allowed}", f"set {key} accordingly")
 
@@ -385,5 +384,6 @@ RULES: tuple[Rule, ...] = (
     _schedule_lengths,
     _cosine,
     _learning_rates,
+    *CLUSTER_RULES,
 )
 """All rules, in the order of their messages."""

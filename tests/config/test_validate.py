@@ -12,8 +12,11 @@ from phsa_megatron.config.schema import (
     GroupScore,
     KernelImpl,
     LrSchedule,
+    Scheduler,
     SourceConfig,
 )
+
+SLURM: dict[str, object] = {"cluster.scheduler": Scheduler.slurm}
 
 # rule -> settings that break it and nothing else, and what its message must say: field and value, rule, fix.
 BROKEN = [
@@ -143,6 +146,48 @@ BROKEN = [
         ["decay_steps=100", "schedule=cosine", "decay_steps=0"],
     ),
     ("_learning_rates", {"optim.min_lr": 1.0}, ["min_lr=1.0", "optim.lr=0.003", "lower it"]),
+    (
+        "_slurm_only",
+        {"cluster.partition": "h100"},
+        ["cluster.partition=h100", "scheduler is local", "cluster="],
+    ),
+    ("_slurm_only", {"cluster.chain": 2}, ["cluster.chain=2", "only Slurm"]),
+    ("_time_limit", SLURM | {"cluster.time_limit": "86400"}, ["time_limit='86400'", "HH:MM:SS", "quotes"]),
+    (
+        "_time_limit",
+        SLURM | {"cluster.time_limit": "00:05:00"},
+        ["stop_lead_s=300", "00:05:00, which is 300 s"],
+    ),
+    (
+        "_gpus",
+        SLURM | {"cluster.gpus_per_node": 8},
+        ["gpus_per_node=8", "device=cpu hides", "set it to null"],
+    ),
+    (
+        "_gpus",
+        SLURM
+        | {
+            "cluster.gpus_per_node": 4,
+            "cluster.device": Device.cuda,
+            "cluster.processes_per_node": 8,
+            "optim.micro_batch_sequences": 1,
+        },
+        ["gpus_per_node=4", "processes_per_node=8", "ask for 8"],
+    ),
+    (
+        "_sbatch_options",
+        SLURM | {"cluster.sbatch": {"nodes": 3}},
+        ["sbatch.nodes=3", "set cluster.num_nodes"],
+    ),
+    ("_sbatch_options", SLURM | {"cluster.sbatch": {"--mem": 3}}, ["sbatch.--mem=3", "without --"]),
+    ("_one_line", SLURM | {"cluster.account": "a\nb"}, ["cluster.account='a\\nb'", "on one line"]),
+    ("_environment", {"cluster.environment": {"A-B": "1"}}, ["cluster.environment.A-B='1'", "letters"]),
+    ("_environment", {"cluster.environment": {"RANK": "1"}}, ["cluster.environment.RANK='1'", "its own"]),
+    (
+        "_containers",
+        SLURM | {"cluster.container_mounts": ["/a:/a"]},
+        ["container_mounts=['/a:/a']", "set cluster.container_image"],
+    ),
 ]
 
 
