@@ -140,10 +140,18 @@ class SlurmCluster:
         return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
     def wait_for_job(self, job_id: str, timeout_s: float = 180.0) -> dict[str, str]:
-        """Return a job's fields once it is over. (sbatch --wait polls ever more rarely.)"""
-        wait_until(
-            lambda: self.job(job_id)["JobState"] not in _LIVE_STATES, timeout_s, f"job {job_id} is not over"
-        )
+        """Return a job's fields once it is over. (sbatch --wait polls ever more rarely.)
+
+        A job on its way back into the queue may seem over for a moment, so two looks must agree.
+        """
+
+        def is_over() -> bool:
+            if self.job(job_id)["JobState"] in _LIVE_STATES:
+                return False
+            time.sleep(2)
+            return self.job(job_id)["JobState"] not in _LIVE_STATES
+
+        wait_until(is_over, timeout_s, f"job {job_id} is not over")
         return self.job(job_id)
 
     def idle_nodes(self) -> list[str]:
