@@ -58,6 +58,7 @@ def test_wheel_holds_three_packages_and_the_recipes(built: Path) -> None:
     for package in PACKAGES:
         assert f"{package}/py.typed" in names
     assert any("demo_corpus" in name for name in names)
+    assert "phsa_launch/templates/job.sbatch.j2" in names
 
 
 def test_source_archive_builds_from_itself(built: Path) -> None:
