@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -141,11 +141,10 @@ def _log(folder: RunFolder, rank: int | None) -> Path:
     return found[-1]
 
 
-def _follow(readline: object) -> Iterator[str]:
-    assert callable(readline)
+def _follow(readline: Callable[[], str]) -> Iterator[str]:
     while True:
         text = readline()
         if text:
-            yield str(text)
+            yield text
         else:
             time.sleep(_FOLLOW_EVERY_S)
