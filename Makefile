@@ -33,7 +33,7 @@ test: $(READY) ## the fast test suite
 	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu"
 
 slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
-	$(BIN)/python -m pytest -m "slow and not gpu and not multigpu"
+	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not multigpu"
 
 lint: $(READY) ## format, style, types and import rules
 	$(BIN)/ruff format --check .

@@ -182,7 +182,7 @@ class InformationRecorder:
         """Add one layer's selection of one micro-batch; the arguments are those of `SelectionRecorder`.
 
         Raises:
-            ValueError: the keys are not all here (`block_slot`); `config/parallel_rules.py` refuses such runs.
+            ValueError: the keys are not all here (`block_slot`); `config/parallel_rules.py` refuses that.
         """
         if block_slot is not None:
             raise ValueError("information loss compares with dense attention and needs all keys, not slots")

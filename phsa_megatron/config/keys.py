@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from phsa_megatron.config import schema, schema_health
+from phsa_megatron.config import schema, schema_attention, schema_cluster, schema_health
 
 _UNITS = {
     "tokens": "tokens",
@@ -53,6 +53,11 @@ _UNIT_BY_KEY = {
     "optim.adam_eps": "none",
     "cluster.processes_per_node": "processes",
     "health.min_write_mib_per_s": "MiB/s",
+    "cluster.gpus_per_node": "GPUs",
+    "cluster.max_failures_without_progress": "failures",
+    "cluster.chain": "jobs",
+    "cluster.environment.*": "none",
+    "cluster.sbatch.*": "none",
 }
 _OTHER_NAMES = {
     # What the same thing is called elsewhere, where letters alone would not find it.
@@ -70,6 +75,10 @@ _OTHER_NAMES = {
     "k": "attention.train_topk",
     "lambda": "attention.mean_weight_frac",
     "rope_theta": "model.rope_base",
+    "nodes": "cluster.num_nodes",
+    "walltime": "cluster.time_limit",
+    "env": "cluster.environment",
+    "max_retries": "cluster.max_failures_without_progress",
 }
 
 
@@ -101,7 +110,7 @@ class Field:
 
     @property
     def plain_type(self) -> Any:
-        """The type without `| None`."""
+        """The type without `| None`; the first one where several are allowed."""
         if get_origin(self.annotation) in (Union, types.UnionType):
             return next(a for a in get_args(self.annotation) if a is not type(None))
         return self.annotation
@@ -123,6 +132,8 @@ class Field:
             words = "a list of whole numbers, like [1,2]"
         elif get_origin(self.plain_type) is dict:
             words = "a mapping of names to settings"
+        elif bool in get_args(self.annotation) and str in get_args(self.annotation):
+            words = "a text, a whole number, true or false"
         else:
             words = {
                 int: "a whole number",
@@ -231,6 +242,9 @@ def _walk(cls: type, prefix: str) -> Iterator[Field]:
         value_class = _value_class(annotation)
         if value_class is not None:
             yield from _walk(value_class, key + ".*.")
+        elif get_origin(annotation) is dict:
+            # A mapping of plain values: any name may be set, and its meaning is that of the mapping.
+            yield Field(key + ".*", get_args(annotation)[1], None, _docs()[cls.__name__].get(item.name, ""))
 
 
 def _walk_groups(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
@@ -250,8 +264,11 @@ def _walk_groups(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
 def _docs() -> dict[str, dict[str, str]]:
     """Return the docstring under each field, by class and field; the empty name is the class's own."""
     docs: dict[str, dict[str, str]] = {}
-    nodes = [node for module in (schema, schema_health) for node in ast.parse(inspect.getsource(module)).body]
-    for node in nodes:
+    sources = (
+        ast.parse(inspect.getsource(module))
+        for module in (schema_cluster, schema, schema_attention, schema_health)
+    )
+    for node in (statement for source in sources for statement in source.body):
         if not isinstance(node, ast.ClassDef):
             continue
         docs[node.name] = {"": ast.get_docstring(node) or ""}

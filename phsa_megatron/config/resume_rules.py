@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phsa_megatron.config import keys
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.config.yaml_file import leaves
@@ -31,6 +31,7 @@ _LABEL = ResumeRule(True, "a name for people")
 _HERE = ResumeRule(True, "takes effect from the next step")
 _ROUNDING = ResumeRule(True, "same mathematics; sums are rounded in another order, so bits differ")
 _WATCHING = ResumeRule(True, "changes what is measured or kept, not the training")
+_STARTING = ResumeRule(True, "changes where and how processes start, not what they compute")
 _SHAPE = ResumeRule(False, "the weights in the checkpoint have another shape")
 _MODEL = ResumeRule(False, "the weights were trained for another function of their inputs")
 _ATTENTION = ResumeRule(
@@ -156,6 +157,26 @@ RULES: dict[str, ResumeRule] = {
     "cluster.processes_per_node": _LAYOUT,
     "cluster.peak_tflops": _WATCHING,
     "cluster.memory_gib": _WATCHING,
+    "cluster.scheduler": _STARTING,
+    "cluster.python": _STARTING,
+    "cluster.environment": _STARTING,
+    "cluster.environment.*": _STARTING,
+    "cluster.partition": _STARTING,
+    "cluster.account": _STARTING,
+    "cluster.qos": _STARTING,
+    "cluster.gpus_per_node": _STARTING,
+    "cluster.time_limit": _STARTING,
+    "cluster.constraint": _STARTING,
+    "cluster.stop_lead_s": _STARTING,
+    "cluster.max_failures_without_progress": _STARTING,
+    "cluster.requeue": _STARTING,
+    "cluster.chain": _STARTING,
+    "cluster.preflight": _STARTING,
+    "cluster.setup_lines": _STARTING,
+    "cluster.sbatch": _STARTING,
+    "cluster.sbatch.*": _STARTING,
+    "cluster.container_image": _STARTING,
+    "cluster.container_mounts": _STARTING,
     "monitoring.log_every_steps": _WATCHING,
     "monitoring.information_every_steps": _WATCHING,
     "monitoring.information_rows": _WATCHING,
@@ -273,4 +294,6 @@ def check_new_stage(parent: TrainConfig, new: TrainConfig) -> None:
 def _rule(key: str, added_or_removed: bool) -> ResumeRule:
     if key.startswith("data.sources.") and added_or_removed:
         return RULES["data.sources"]
-    return RULES[re.sub(r"^data\.sources\.[^.]+\.", "data.sources.*.", key)]
+    field = keys.find(key)
+    assert field is not None, key
+    return RULES[field.key]

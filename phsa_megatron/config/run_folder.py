@@ -41,6 +41,14 @@ class RunFolder:
         self.preflight_dir = self.path / "preflight"
         self.bad_nodes = self.path / "bad_nodes"
         self.faults_file = self.path / "faults.jsonl"
+        # Of a Slurm job; the batch script spells the same names.
+        self.job_script = self.path / "job.sbatch"
+        self.code_dir = self.path / "code"
+        self.job_ids_file = self.path / "job_ids"
+        self.restarts_file = self.path / "restarts.jsonl"
+        self.attempt_file = self.path / "attempt"
+        self.failures_file = self.path / "failures_without_progress"
+        self.gave_up = self.path / "gave_up"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:

@@ -11,78 +11,18 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from phsa_megatron.config.schema_attention import AttentionConfig as AttentionConfig
+from phsa_megatron.config.schema_attention import AttentionKind as AttentionKind
+from phsa_megatron.config.schema_attention import GroupScore as GroupScore
+from phsa_megatron.config.schema_attention import KernelImpl as KernelImpl
+from phsa_megatron.config.schema_attention import PunctuationLanguage as PunctuationLanguage
+from phsa_megatron.config.schema_attention import PunctuationMatch as PunctuationMatch
+from phsa_megatron.config.schema_attention import Selector as Selector
+from phsa_megatron.config.schema_attention import TopkSchedule as TopkSchedule
+from phsa_megatron.config.schema_cluster import ClusterConfig as ClusterConfig
+from phsa_megatron.config.schema_cluster import Device as Device
+from phsa_megatron.config.schema_cluster import Scheduler as Scheduler
 from phsa_megatron.config.schema_health import HealthConfig
-
-
-class AttentionKind(StrEnum):
-    """What a layer's core attention computes."""
-
-    phsa = "phsa"
-    dense = "dense"
-
-
-class KernelImpl(StrEnum):
-    """Which implementation of the ops runs; it is used or refused, never swapped."""
-
-    reference = "reference"
-    triton = "triton"
-
-
-class Selector(StrEnum):
-    """What chooses the blocks of `kind=phsa` (kernels/README.md has the formulas)."""
-
-    phsa = "phsa"
-    mean_pool = "mean_pool"
-    random_tokens = "random_tokens"
-    last_token = "last_token"
-    shuffled = "shuffled"
-    separators = "separators"
-    max_norm = "max_norm"
-    minmax = "minmax"
-    cumulant = "cumulant"
-    halves = "halves"
-    infllm_v2 = "infllm_v2"
-    moba = "moba"
-    window = "window"
-    dense_window = "dense_window"
-
-
-class TopkSchedule(StrEnum):
-    """How k changes over the steps of training."""
-
-    constant = "constant"
-    anneal = "anneal"
-    random_step = "random_step"
-    random_layer = "random_layer"
-
-
-class GroupScore(StrEnum):
-    """How the scores of the query heads of one key-value group become one score (method, section 3)."""
-
-    softmax_sum = "softmax_sum"
-    raw_sum = "raw_sum"
-
-
-class PunctuationMatch(StrEnum):
-    """Which decoded tokens count as punctuation (method, section 1)."""
-
-    exact = "exact"
-    exact_any = "exact_any"
-    strip_any = "strip_any"
-
-
-class PunctuationLanguage(StrEnum):
-    """Whose punctuation marks are in the set."""
-
-    en = "en"
-    en_zh = "en_zh"
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Dtype(StrEnum):
@@ -194,54 +134,6 @@ class ModelConfig:
     """Weight of the auxiliary loss that balances experts, over the tokens of a micro-batch; 0 is off."""
     mtp_num_layers: int = 0
     """Multi-token-prediction depths after the main stack; 0 is none."""
-
-
-@dataclass
-class AttentionConfig:
-    """The attention of every layer. The method page numbers are in brackets."""
-
-    kind: AttentionKind = AttentionKind.phsa
-    """phsa (init, local and selected blocks) or dense."""
-    selector: Selector = Selector.phsa
-    """What chooses the blocks of kind=phsa: PHSA's pooled key, a baseline, a control or a better pool."""
-    impl: KernelImpl = KernelImpl.reference
-    """Implementation of the PHSA ops; used or refused, never swapped."""
-    block_tokens: int = 16
-    """Keys per block (m) [1]."""
-    init_tokens: int = 16
-    """Tokens at the start of the document that every query attends to; a multiple of block_tokens [3]."""
-    local_tokens: int = 128
-    """Local window: the current block and the blocks before it; a multiple of block_tokens [3]."""
-    train_topk: int = 2
-    """Selected blocks per query token and key-value head in training (k) [3, 4]."""
-    infer_topk: int | None = None
-    """Selected blocks in evaluation and generation; null uses train_topk [4]."""
-    mean_weight_frac: float = 0.5
-    """lambda: weight of the plain block mean against the punctuation mean; 1 is plain mean pooling [2]."""
-    group_score: GroupScore = GroupScore.softmax_sum
-    """How a group's heads share one selection [3]."""
-    punctuation_match: PunctuationMatch = PunctuationMatch.exact
-    """Which decoded tokens count as punctuation [1]."""
-    punctuation_language: PunctuationLanguage = PunctuationLanguage.en
-    """English marks only, or English and Chinese [1]."""
-    dense_len_tokens: int = 0
-    """Documents of up to this many tokens get full causal attention; 0 never [4]."""
-    control_seed: int = 0
-    """Seed of the selectors random_tokens and shuffled."""
-    coarse_lse: bool = False
-    """selector=infllm_v2: take the softmax normalizer from coarser windows (128 tokens at stride 64)."""
-    dense_layers: list[int] = field(default_factory=list)
-    """Numbers, from 1, of the layers with full causal attention."""
-    topk_schedule: TopkSchedule = TopkSchedule.constant
-    """constant: train_topk; anneal: from topk_start to it; random_step, random_layer: of topk_choices [4]."""
-    topk_dense_steps: int = 0
-    """First steps of training with full causal attention in every layer; schedules begin after them."""
-    topk_start: int | None = None
-    """anneal: k of its first step."""
-    topk_anneal_steps: int = 0
-    """anneal: steps until k is train_topk; k falls by equal factors."""
-    topk_choices: list[int] = field(default_factory=list)
-    """random_step, random_layer: the values of k, all equally likely; one is drawn per step, or per layer."""
 
 
 @dataclass
@@ -370,24 +262,6 @@ class EvaluateConfig:
     """Validation sequences per domain, always the same ones."""
     micro_batch_sequences: int = 1
     """Sequences per forward pass of one process in evaluation."""
-
-
-@dataclass
-class ClusterConfig:
-    """The machine: where processes start and what one device can do."""
-
-    name: str = MISSING
-    """Name of the cluster, for people."""
-    device: Device = Device.cpu
-    """cpu hides any GPU from the run; cuda is refused where there is none."""
-    num_nodes: int = 1
-    """Hosts."""
-    processes_per_node: int = 1
-    """Processes on each host: one a GPU, or any number on a CPU."""
-    peak_tflops: float | None = None
-    """Dense bf16 peak of one device in TFLOP/s, for utilization; null leaves utilization out."""
-    memory_gib: float | None = None
-    """Memory of one device, for the estimate printed at start; null leaves the comparison out."""
 
 
 @dataclass

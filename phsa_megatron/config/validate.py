@@ -1,8 +1,8 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
 A rule yields messages made by `broken`: field, value, rule and fix. Rules of the layout are in
-`parallel_rules.py`, of the attention in `attention_rules.py`, ranges of single numbers in `ranges.py`; types
-and names are checked earlier, by the schema.
+`parallel_rules.py`, of the attention in `attention_rules.py`, of the cluster in `validate_cluster.py`, ranges
+of single numbers in `ranges.py`; types and names are checked earlier, by the schema.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from phsa_megatron.config import keys
 from phsa_megatron.config.attention_rules import ATTENTION_RULES
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.parallel_rules import PARALLEL_RULES
 from phsa_megatron.config.ranges import RANGES
 from phsa_megatron.config.rule_messages import Rule, broken, multiples_around
 from phsa_megatron.config.schema import Device, KernelImpl, LrSchedule, TrainConfig
+from phsa_megatron.config.validate_cluster import CLUSTER_RULES
 from phsa_megatron.config.validate_health import local_copy, watchdog_timeouts
 from phsa_megatron.config.yaml_file import leaves
 
@@ -39,8 +41,8 @@ def validate(config: TrainConfig) -> None:
 def _ranges(config: TrainConfig) -> Iterator[str]:
     values: dict[str, Any] = dict(leaves(asdict(config)))
     for key, value in values.items():
-        pattern = re.sub(r"^data\.sources\.[^.]+\.", "data.sources.*.", key)
-        allowed = RANGES.get(pattern)
+        field = keys.find(key)
+        allowed = RANGES.get(field.key) if field else None
         if allowed is not None and value is not None and not allowed.holds(value):
             yield broken(key, value, f"it must be {allowed}", f"set {key} accordingly")
 
@@ -165,5 +167,6 @@ RULES: tuple[Rule, ...] = (
     _learning_rates,
     watchdog_timeouts,
     local_copy,
+    *CLUSTER_RULES,
 )
 """All rules, in the order of their messages."""

@@ -1,10 +1,14 @@
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from phsa_megatron.config.compose import compose
 from phsa_megatron.config.schema import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package, and share their cases
 
 PAPER_SOURCES = ("dclm", "map_cc", "ultrachat", "tulu_v3", "finemath", "megamath")
 

@@ -134,5 +134,6 @@ def test_dependents_do_not_name_what_does_not_depend(demo, changed):
 
 
 def test_every_setting_can_be_asked_for_dependents(demo):
+    demo.cluster.environment, demo.cluster.sbatch = {"english": "1"}, {"english": 1}
     moved = {key for key in keys.fields() if dependents(demo, key.replace("*", "english"))}
     assert {"run.train_steps", "cluster.num_nodes", "parallel.recompute", "run.dtype"} <= moved

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phsa_launch import cli
+from phsa_launch import cli, local
 from phsa_megatron.config.compose import compose, load
 
 TWO = ["cluster.processes_per_node=2"]
@@ -32,7 +32,7 @@ def execs(monkeypatch):
         calls.append((file, command, environment))
         raise Replaced
 
-    monkeypatch.setattr(cli.os, "execvpe", execvpe)
+    monkeypatch.setattr(local.os, "execvpe", execvpe)
     return calls
 
 
@@ -70,7 +70,7 @@ def test_several_hosts_are_refused(execs, tmp_path, capsys):
     assert cli.main([*demo_in(tmp_path), "cluster.num_nodes=2"]) == 2
     err = capsys.readouterr().err
     assert "cluster.num_nodes=2" in err
-    assert "not part of this version" in err
+    assert "choose a Slurm cluster" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +81,7 @@ def test_broken_rules_stop_before_anything_is_written(execs, tmp_path, capsys):
 
 
 def test_a_machine_without_torch_may_check_but_not_start(execs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda name: None)
     assert cli.main([*demo_in(tmp_path), "--dry-run"]) == 0
     assert cli.main(demo_in(tmp_path)) == 2
     assert "torch is not installed" in capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_started(execs, tmp_path, capsys):
 
 
 def test_the_port_is_free():
-    port = cli.free_port()
+    port = local.free_port()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
 

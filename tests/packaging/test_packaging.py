@@ -59,6 +59,7 @@ def test_wheel_holds_three_packages_and_the_recipes(built: Path) -> None:
         assert f"{package}/py.typed" in names
     assert any("demo_corpus" in name for name in names)
     assert "phsa_megatron/config/planning/h100_attention.json" in names
+    assert "phsa_launch/templates/job.sbatch.j2" in names
 
 
 def test_source_archive_builds_from_itself(built: Path) -> None:
