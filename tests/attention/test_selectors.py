@@ -25,7 +25,7 @@ class Config:
 
 
 class Listener:
-    def record(self, layer_number, query, key, value, ids, lse, side_info, tokens=None):
+    def record(self, layer_number, query, key, value, ids, lse, side_info, tokens=None, block_slot=None):
         self.ids = ids
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phsa_megatron.attention import context_parallel, core_attention
+from phsa_megatron.attention import block_choice, context_parallel, core_attention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig
@@ -87,9 +87,6 @@ class _KeepsWhatTheKernelsKeep(torch.autograd.Function):
 def as_on_a_gpu(monkeypatch) -> None:
     """Norms and PHSA's attention keep what they keep on a GPU; attention returns zeros."""
 
-    def attention(q, k, v, *_, topk, **__):
-        return _KeepsWhatTheKernelsKeep.apply(q, k, v, topk), None, None
-
     def attend(q, k, v, ids, *_, **__):
         return _KeepsWhatTheKernelsKeep.apply(q, k, v, ids.shape[2]), None
 
@@ -100,7 +97,8 @@ def as_on_a_gpu(monkeypatch) -> None:
         return k.new_zeros(len(k) // block_tokens, k.shape[1], 1, k.shape[2])
 
     monkeypatch.setattr(RMSNorm, "forward", lambda self, x: _KeepsItsInput.apply(x))
-    monkeypatch.setattr(core_attention, "phsa_attention", attention)
+    monkeypatch.setattr(block_choice, "pool", pool)
+    monkeypatch.setattr(block_choice, "select", select)
     monkeypatch.setattr(core_attention, "attend", attend)
     monkeypatch.setattr(core_attention, "select", select)
     monkeypatch.setattr(context_parallel, "pool", pool)

@@ -69,7 +69,7 @@ def one_of(monkeypatch):
     """Returns `one_of(config, rank)`: the groups of one process of a run whose other processes are absent."""
     opened = []
 
-    def connect(rank, world_size, device):
+    def connect(config, rank, world_size, device):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
     def start(config, rank=0):

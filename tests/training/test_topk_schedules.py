@@ -30,7 +30,7 @@ def test_a_schedule_is_exact_under_resume(tiny_config, run, monkeypatch, name):
     settings = SCHEDULES[name]
     straight = run(tiny_config(**{"run.name": "straight", **settings}))
     config = tiny_config(**{"run.name": "stopped", **settings})
-    monkeypatch.setenv(VARIABLE, "sigterm@3")
+    monkeypatch.setenv(VARIABLE, "sigterm@step=3")
     assert run(config).outcome.step == 3
     monkeypatch.delenv(VARIABLE)
     resumed = run(config)

@@ -153,12 +153,12 @@ def test_a_run_goes_on_through_layouts_of_four_processes_as_one_process_would(ti
     common = {"model.vocab_size": 320, "optim.micro_batch_sequences": 1}
     straight = run(tiny_config(**{"run.name": "one"}, **common))
     # It starts in one process: fresh weights are drawn stage by stage, and depend on the number of stages.
-    monkeypatch.setenv("PHSA_FAULT", "sigterm@1")
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@step=1")
     assert run(tiny_config(**{"run.name": "many"}, **common)).outcome.step == 1
     monkeypatch.delenv("PHSA_FAULT")
     four = {"run.name": "many", "cluster.processes_per_node": 4, **common}
     pipeline = {"parallel.tensor_size": 2, "parallel.sequence_parallel": True, "parallel.pipeline_size": 2}
-    stopped = _start(tiny_config(**four, **pipeline), num_processes=4, PHSA_FAULT="sigterm@3")
+    stopped = _start(tiny_config(**four, **pipeline), num_processes=4, PHSA_FAULT="sigterm@step=3")
     assert [code for code, _, _ in stopped] == [0] * 4, stopped
     assert "step 3 of 6 is saved" in stopped[0][1]
     last = tiny_config(**four, **{"parallel.context_size": 2, "parallel.context_exchange": "block_sparse"})
@@ -184,9 +184,9 @@ def test_experts_of_two_processes_start_train_and_go_on_as_those_of_one(tiny_con
     }
     straight = run(tiny_config(**{"run.name": "straight"}, **common))
     two = {"run.name": "many", "cluster.processes_per_node": 2, "parallel.expert_size": 2}
-    stopped = _start(tiny_config(**two, **common), num_processes=2, PHSA_FAULT="sigterm@2")
+    stopped = _start(tiny_config(**two, **common), num_processes=2, PHSA_FAULT="sigterm@step=2")
     assert [code for code, _, _ in stopped] == [0, 0], stopped
-    monkeypatch.setenv("PHSA_FAULT", "sigterm@4")
+    monkeypatch.setenv("PHSA_FAULT", "sigterm@step=4")
     assert run(tiny_config(**{"run.name": "many"}, **common)).outcome.step == 4
     monkeypatch.delenv("PHSA_FAULT")
     ended = _start(tiny_config(**two, **common), num_processes=2)
