@@ -202,7 +202,20 @@ def kernel_workspace_bytes(config: TrainConfig) -> float:
         return tokens * kv_heads * group * (8 * model.head_dim + 4)
     if attention.impl == KernelImpl.reference:
         return 0.0
-    return tokens * kv_heads * (2 * model.head_dim + 6 + 8 * group + 20 * attention.train_topk)
+    # Sums of init gradients are free again when the queries of each chosen block are put into their order.
+    chunks = _init_sum_chunks(tokens, kv_heads, attention.init_tokens)
+    windows = chunks * kv_heads * attention.init_tokens * 8 * model.head_dim
+    windows += tokens * kv_heads * (6 + 20 * attention.train_topk)
+    chosen = tokens * kv_heads * (24 + 28 * attention.train_topk)
+    return tokens * kv_heads * 8 * group + max(windows, chosen)
+
+
+def _init_sum_chunks(tokens: float, kv_heads: float, init_tokens: int) -> int:
+    """Return into how many chunks the kernels cut the rows that they sum the gradients of init keys over."""
+    chunk, programs = 2048, kv_heads * -(-init_tokens // 64)
+    while chunk > 256 and -(-tokens // chunk) * programs < 256:
+        chunk //= 2
+    return int(-(-tokens // chunk))
 
 
 def _pooled_keys_bytes(config: TrainConfig) -> float:

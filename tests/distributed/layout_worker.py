@@ -99,7 +99,8 @@ class KeepingRecorder(SelectionRecorder):
         if not rest:
             gap = smallest_score_gap_frac(query.detach().float(), key.detach().float(), side_info)
             self.score_gap_frac = min(self.score_gap_frac, gap)
-        tokens = rest[0].tolist() if rest else range(len(ids))
+        own = rest[0] if rest else None
+        tokens = range(len(ids)) if own is None else own.tolist()
         numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]
         for token, heads in zip(tokens, ids.tolist(), strict=True):
             row, position = divmod(token, SEQ_LEN_TOKENS)
