@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= phsa_demo_cpu
 
-.PHONY: help setup pretrain test lint slow verify print-python clean
+.PHONY: help setup pretrain test lint slow slurm verify print-python clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: $(READY) ## the fast test suite
 
 slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
 	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not multigpu"
+
+slurm: $(READY) ## every test on a real Slurm of four nodes (installs one; root)
+	bash .ci/slurm_leg "slurm or not slurm"
 
 lint: $(READY) ## format, style, types and import rules
 	$(BIN)/ruff format --check .

@@ -96,10 +96,10 @@ class KeepingRecorder(SelectionRecorder):
         """Take one layer's selection; see SelectionListener."""
         super().record(layer_number, *args, **kwargs)
         query, key, _, ids, _, side_info, *rest = args
-        if not rest:
+        own = rest[0] if rest else None
+        if own is None:
             gap = smallest_score_gap_frac(query.detach().float(), key.detach().float(), side_info)
             self.score_gap_frac = min(self.score_gap_frac, gap)
-        own = rest[0] if rest else None
         tokens = range(len(ids)) if own is None else own.tolist()
         numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]
         for token, heads in zip(tokens, ids.tolist(), strict=True):

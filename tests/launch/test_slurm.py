@@ -19,6 +19,8 @@ from tests.launch.slurm_cluster import SlurmCluster, wait_until, why_not
 from tests.launch.slurm_runs import SAVE_EVERY, SETTINGS, STEPS, SlurmRun, Workplace
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+# Half a minute to two minutes each: `make slurm` runs them all, CI the others.
+NIGHT = pytest.mark.night
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def test_two_nodes(place, straight):
     assert "is finished: step 30" in place.launch(*SETTINGS, "run.name=straight")
 
 
+@NIGHT
 def test_four_nodes_have_ranks_in_slurms_order(straight_on_four, straight):
     for rank in range(4):
         log = straight_on_four.folder.logs_dir / f"node_{rank:03d}" / f"rank_{rank:05d}.log"
@@ -84,6 +87,7 @@ def test_four_nodes_have_ranks_in_slurms_order(straight_on_four, straight):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@NIGHT
 def test_time_limit(place, straight):
     run = place.submit("time_limit", "cluster.time_limit=00:10:00", "cluster.stop_lead_s=60")
     (job_id,) = run.job_ids
@@ -100,6 +104,7 @@ def test_time_limit(place, straight):
     assert run.records().num_superseded_steps == 0
 
 
+@NIGHT
 def test_preemption_does_not_end_as_failed_and_may_save_for_longer_than_torchrun_waits(
     place, straight_on_four
 ):
@@ -118,6 +123,7 @@ def test_preemption_does_not_end_as_failed_and_may_save_for_longer_than_torchrun
     assert run.records().num_superseded_steps == 0
 
 
+@NIGHT
 @pytest.mark.parametrize(("node", "cause"), [("n2", ("crash", "node_failure")), ("n1", ("lost",))])
 def test_a_node_that_dies_with_all_its_processes(place, straight, node, cause):
     """n1 holds the batch script too: then nobody is left to note anything, and Slurm requeues by itself."""
@@ -156,6 +162,7 @@ def test_a_hopeless_failure_gives_up_with_the_exit_code(place):
     assert "2 x crash" in place.launch("status", "runs/hopeless")
 
 
+@NIGHT
 def test_a_chain_goes_on_where_requeueing_is_forbidden(place, straight):
     run = place.submit("chain", "cluster.chain=3", "cluster.requeue=false")
     first, second, third = run.job_ids
@@ -196,6 +203,7 @@ def test_stop_requeue_and_scancel(place, straight):
     assert_recovered(run, straight, ["stopped", run.causes[1], "done"])
 
 
+@NIGHT
 def test_a_node_that_the_preflight_finds_bad_is_left_out(place, straight, tmp_path):
     """Stands in for the check itself: n1 is bad, the others are good."""
     python = tmp_path / "python"
@@ -241,6 +249,7 @@ def test_the_h100_example_is_accepted_by_slurm(place):
     assert "node configuration is not available" in too_many
 
 
+@NIGHT
 def test_a_sweep_is_one_job_and_folder_each(place):
     short = ("run.name=sweep", "run.train_steps=4", "optim.warmup_steps=1", "optim.decay_steps=0")
     chosen = {text.split("=", 1)[0]: text for text in (*SETTINGS, *short, "cluster.num_nodes=1")}
