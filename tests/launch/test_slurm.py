@@ -176,6 +176,7 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(place, straight):
     assert_recovered(run, straight, ["crash", "done"])
 
 
+@NIGHT
 def test_stop_requeue_and_scancel(place, straight):
     run = place.submit("stopped")
     refused = place.launch(*SETTINGS, "run.name=stopped", succeeds=False)
