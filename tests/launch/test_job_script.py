@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -121,12 +122,30 @@ def test_a_field_without_a_value_is_an_error(monkeypatch):
         render(config_of("cluster=slurm_cpu"), WORKING_DIR)
 
 
-def test_ports_stay_below_the_systems_own():
-    (line,) = (text for text in rendered("slurm_cpu").splitlines() if "PHSA_TRAIN_PORT=" in text)
-    formula = line.split("PHSA_TRAIN_PORT=")[1]
-    for job_id in (1, 5999, 6000, 123456789):
-        out = subprocess.check_output(["bash", "-c", f"SLURM_JOB_ID={job_id}; echo {formula}"], text=True)
-        assert int(out) in range(1024, 32767)
+def ports_chosen(job_id: int) -> tuple[int, str]:
+    """The first port that the rendered script takes for a job on this host, and what it says."""
+    script = rendered("slurm_cpu")
+    functions = script[script.index("port_is_in_use() {") : script.index("run_job() {")]
+    prelude = f"SLURM_JOB_ID={job_id} PHSA_MASTER_ADDR=127.0.0.1; say() {{ echo \"$*\"; }}; {functions}"
+    run = f'{prelude}\nchoose_ports; echo "$PHSA_TRAIN_PORT"'
+    out = subprocess.check_output(["bash", "-c", run], text=True)
+    *said, port = out.splitlines()
+    return int(port), "\n".join(said)
+
+
+@pytest.mark.parametrize("job_id", [1, 5999, 6000, 123456789])
+def test_ports_stay_below_the_systems_own(job_id):
+    assert ports_chosen(job_id)[0] in range(1024, 32767)
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_port_in_use_is_named_and_passed_over(held):
+    job_id = next(n for n in range(3000, 4000) if not ports_chosen(n)[1])
+    port, _ = ports_chosen(job_id)
+    with socket.create_server(("127.0.0.1", port + held)):
+        other, said = ports_chosen(job_id)
+    assert other > port
+    assert f"port {port} or the one after it is in use on 127.0.0.1" in said
 
 
 def test_two_runs_of_one_name_in_two_places_are_two_jobs():
