@@ -126,7 +126,7 @@ def ports_chosen(job_id: int) -> tuple[int, str]:
     """The first port that the rendered script takes for a job on this host, and what it says."""
     script = rendered("slurm_cpu")
     functions = script[script.index("port_is_in_use() {") : script.index("run_job() {")]
-    prelude = f"SLURM_JOB_ID={job_id} PHSA_MASTER_ADDR=127.0.0.1; say() {{ echo \"$*\"; }}; {functions}"
+    prelude = f'SLURM_JOB_ID={job_id} PHSA_MASTER_ADDR=127.0.0.1; say() {{ echo "$*"; }}; {functions}'
     run = f'{prelude}\nchoose_ports; echo "$PHSA_TRAIN_PORT"'
     out = subprocess.check_output(["bash", "-c", run], text=True)
     *said, port = out.splitlines()
