@@ -122,7 +122,7 @@ class BlockPlan:
     rows: Tensor
     """int64 [received]: the place of each received token in the slots."""
     block_slot: Tensor
-    """int32 [NB]: the slot of each block; blocks that are not here have slot 0, and nobody reads them."""
+    """int32 [NB]: the slot of each block; -1 for blocks that are not here, which nobody reads."""
     num_slots: int
     """Blocks that this process needs."""
 
@@ -179,7 +179,7 @@ class BlockExchange:
             held, owners, own_needs = tokens[rank], tokens, needs[rank]
         routes.append(self._route(levels[-1], needs, held, owners))
         received = owners.flatten()[own_needs[self.blocks.block_of_token[owners.flatten()]]]
-        slot = torch.where(own_needs, own_needs.cumsum(0) - 1, 0)
+        slot = torch.where(own_needs, own_needs.cumsum(0) - 1, -1)
         block = self.blocks.block_of_token[received]
         return BlockPlan(
             routes=tuple(routes),

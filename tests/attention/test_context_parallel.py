@@ -149,7 +149,7 @@ class KeepsIds:
     """Keeps what was selected, with the tokens that selected it."""
 
     def record(self, layer_number, query, key, value, ids, lse, side_info, tokens=None, block_slot=None):
-        self.ids, self.tokens = ids, tokens
+        self.ids, self.tokens, self.block_slot = ids, tokens, block_slot
 
 
 def _run(cls, settings, bounds, upstream, collection=None, recorder=None, parallel=None):
@@ -214,6 +214,9 @@ def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way
             torch.testing.assert_close(found, one[own], rtol=1e-11, atol=1e-12)
         if cls is PHSACoreAttention:
             assert torch.equal(recorder.ids, kept.ids[recorder.tokens])
+            if recorder.block_slot is not None:  # the Triton kernels' backward refuses a slot named twice
+                here = recorder.block_slot[recorder.block_slot >= 0]
+                assert len(here.unique()) == len(here)
 
 
 def _sent_bytes(sent, way, bounds, size=4):
