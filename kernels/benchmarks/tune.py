@@ -58,7 +58,7 @@ CANDIDATES = {
 
 
 def use(table):
-    select.configs_for = attend.configs_for = lambda device: table
+    select.configs_for = attend.configs_for = lambda device, dtype: table
 
 
 def changed(table, name, candidate):
@@ -82,7 +82,7 @@ def calls(case):
 def compile_all(heads, topk, part, parts):
     """Run a share of the candidates once on a short case: the cache on disk serves the tuning."""
     run = calls(Case(8192, Setting(heads), topk, 0.9))
-    base = configs.configs_for(torch.device("cuda"))
+    base = configs.configs_for(torch.device("cuda"), torch.bfloat16)
     jobs = [(n, s, c) for n, (s, candidates) in CANDIDATES.items() for c in candidates]
     for name, stage, candidate in jobs[part::parts]:
         use(changed(base, name, candidate))
@@ -103,7 +103,7 @@ def compile_in_parallel(parts):
 
 
 def tune(rep_ms):
-    table = configs.configs_for(torch.device("cuda"))
+    table = configs.configs_for(torch.device("cuda"), torch.bfloat16)
     shares = [(s, k, drift_for(SEQ_LEN, s, k)) for s, k in itertools.product(map(Setting, HEADS), TOPKS)]
     cases = [calls(Case(SEQ_LEN, setting, topk, rho)) for setting, topk, rho in shares]
     log = []

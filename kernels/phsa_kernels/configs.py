@@ -65,6 +65,18 @@ SAFE = Configs(
     window_dkdv=Launch(64, 64, 4, 2),
 )
 
+# Products of fp32 operands in full precision have no tensor core: each is unrolled into single
+# multiplications, and with the tiles above one kernel takes minutes to compile. See NOTES.md.
+FULL_PRECISION = Configs(
+    normalizer=Launch(16, 16, 8, 1),
+    select_columns=Launch(16, 16, 8, 1),
+    select_list=Launch(16, 16, 8, 1),
+    forward=Launch(16, 16, 8, 1),
+    dq=Launch(16, 16, 8, 1),
+    chosen_dkdv=Launch(16, 16, 8, 1),
+    window_dkdv=Launch(16, 16, 8, 1),
+)
+
 
 def table_path(capability: tuple[int, int]) -> Path:
     """Return where the table of an architecture lies."""
@@ -97,8 +109,14 @@ def _of_device(index: int) -> Configs:
     return read_table(path) if path.exists() else SAFE
 
 
-def configs_for(device: torch.device) -> Configs:
-    """Return the table of this device; the safe one for what was never measured and for the interpreter."""
+def configs_for(device: torch.device, dtype: torch.dtype) -> Configs:
+    """Return the tiles for operands of a dtype on a device.
+
+    On a GPU: small ones for fp32; else the architecture's table, or the safe one if it was never measured.
+    The interpreter, which compiles nothing, takes the safe one.
+    """
     if device.type != "cuda":
         return SAFE
+    if dtype == torch.float32:
+        return FULL_PRECISION
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)

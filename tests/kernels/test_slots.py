@@ -174,6 +174,6 @@ def test_the_operator_with_slots_passes_opcheck():
 def test_init_gradients_in_chunks(monkeypatch):
     """Chunks of 32 rows: the partial sums of init keys, which a short document does not need otherwise."""
     table = dataclasses.replace(configs.SAFE, init_chunk_rows=32)
-    monkeypatch.setattr("phsa_kernels.attend.launch.configs_for", lambda device: table)
+    monkeypatch.setattr("phsa_kernels.attend.launch.configs_for", lambda device, dtype: table)
     found, _ = through_slots(Shape((40, 100), 2, 1, 16, 1, 48, 16), torch.float32)
     assert all(comparison.within for comparison in found), found

@@ -74,7 +74,7 @@ def poisoned_allocations():
 def short_init_chunks(monkeypatch):
     """Chunks of 32 rows, so that a short document already needs the partial sums of init gradients."""
     table = dataclasses.replace(configs.SAFE, init_chunk_rows=32)
-    monkeypatch.setattr("phsa_kernels.attend.launch.configs_for", lambda device: table)
+    monkeypatch.setattr("phsa_kernels.attend.launch.configs_for", lambda device, dtype: table)
 
 
 def select_ids(shape, qkv, weights, impl):
@@ -109,6 +109,16 @@ def test_outputs_and_gradients_are_within_the_error_budget(shape):
     assert_within_budget(shape, torch.float32)
 
 
+@pytest.mark.parametrize("name", ["sixteen heads a group", "block 64"])
+def test_the_small_tiles_of_full_precision(name, monkeypatch):
+    for room in ("attend", "select"):
+        monkeypatch.setattr(
+            f"phsa_kernels.{room}.launch.configs_for", lambda device, dtype: configs.FULL_PRECISION
+        )
+    assert_within_budget(SHAPES[name], torch.float32)
+    assert_selection_is_exact(SHAPES[name])
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_low_precision_is_within_the_error_budget(dtype):
     assert_within_budget(SHAPES["ragged and empty documents"], dtype)
@@ -127,6 +137,10 @@ def test_init_gradients_are_summed_over_chunks(lengths, short_init_chunks):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_selection_is_the_references_on_exact_scores(shape):
+    assert_selection_is_exact(shape)
+
+
+def assert_selection_is_exact(shape):
     """Small integers: every dot product is exact, so the chosen sets must be the same, ties included."""
     *qkv, _, _, _ = random_inputs(shape, torch.float32, DEVICE, seed=3)
     q, k, v = (x.detach().mul(2).round() for x in qkv)

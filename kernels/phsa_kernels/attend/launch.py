@@ -39,7 +39,7 @@ def _tile_queries(q: Tensor, k: Tensor, tile: Launch) -> int:
 def _union_tile(q: Tensor, k: Tensor, topk: int) -> int:
     """Return the queries of a tile of forward and dQ, which share the unions: at most two words of bits."""
     most: int = _MAX_TILE_CHOICES // triton.next_power_of_2(max(topk, 1))
-    return min(2 * _WORD, most, _tile_queries(q, k, configs_for(q.device).forward))
+    return min(2 * _WORD, most, _tile_queries(q, k, configs_for(q.device, q.dtype).forward))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -113,7 +113,7 @@ def attend_forward(
     )
     plan = Rows(*rows.unbind(0))
     slots = None if block_slot is None else key_rows(cu_seqlens, block_slot, len(k), block_tokens)
-    tile, unions = configs_for(q.device).forward, _unions(union, q, k, topk)
+    tile, unions = configs_for(q.device, q.dtype).forward, _unions(union, q, k, topk)
     if topk > 0:
         union_kernel[(unions.tiles, num_kv_heads)](
             ids, plan.order, plan.start, plan.init_end, plan.local_start, *unions.lists, num_queries,
@@ -161,7 +161,7 @@ def attend_backward(
         assert_distinct(slots)
         dk.zero_(), dv.zero_()  # rows of no key
     grad_out, grad_lse = grad_out.contiguous(), grad_lse.contiguous()
-    configs, shape, topk = configs_for(q.device), _group_shape(q, k), ids.shape[2]
+    configs, shape, topk = configs_for(q.device, q.dtype), _group_shape(q, k), ids.shape[2]
     plan, unions = Rows(*rows.unbind(0)), _unions(union, q, k, ids.shape[2])
     delta = torch.empty_like(lse)
     reads, tile = (grad_out, lse, delta), configs.dq
@@ -211,7 +211,7 @@ def _window_gradients(
     scale: float,
 ) -> None:
     """Write the windows' share of dk and dv."""
-    configs, shape = configs_for(q.device), _group_shape(q, k)
+    configs, shape = configs_for(q.device, q.dtype), _group_shape(q, k)
     tile = configs.window_dkdv
     sizes = (q.shape[1], k.shape[1], scale, *_strides(q, k, v, reads[0]))
     key_tiles = plan_key_tiles(plan, cu_seqlens, num_keys, tile.keys)

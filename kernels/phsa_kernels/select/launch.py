@@ -51,7 +51,7 @@ def select_blocks(
     ids = q.new_empty(num_queries, num_kv_heads, topk, dtype=torch.int32)
     if num_queries == 0 or pooled.shape[0] == 0:
         return ids.fill_(-1)
-    configs = configs_for(q.device)
+    configs = configs_for(q.device, q.dtype)
     norm = q.new_empty(num_queries, num_heads if softmax else 0, dtype=torch.float32)
     pooled = aligned(pooled.view(pooled.shape[0], num_kv_heads, head_dim))
     where = (q_pos, q_doc, cu_blocks)
