@@ -50,18 +50,31 @@ def all_cases(processes: int, size: str, parts: list[str]) -> list[dict[str, Any
     return [case for case in (*layouts, *whole, *resume, *rest) if case["kind"] in parts]
 
 
+def gpu_name() -> str:
+    """Return the first GPU's name, without a CUDA context in this process: that takes memory."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+
+
 class Session:
     """The results so far, and the processes that add to them."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.deadline_s = time.monotonic() + arguments.seconds
-        on_gpu = arguments.size == "gpu"
         self.report: dict[str, Any] = {
             "processes": arguments.processes, "size": arguments.size, "commit": arguments.commit,
-            "device": torch.cuda.get_device_name() if on_gpu else "CPU, gloo",
+            "device": gpu_name() if arguments.size == "gpu" else "CPU, gloo",
             "torch": torch.__version__, "cases": [], "not_run": [],
         }  # fmt: skip
+        if arguments.add and arguments.out.exists():
+            kept = json.loads(arguments.out.read_text())
+            same = [key for key in self.report if key not in ("cases", "not_run")]
+            if any(kept[key] != self.report[key] for key in same):
+                raise SystemExit(f"--add: {arguments.out} is of another run; it differs in one of {same}")
+            self.report = kept
         self._starts = 0
 
     def save(self) -> None:
@@ -74,7 +87,8 @@ class Session:
     def add(self, case: dict[str, Any], found: dict[str, Any]) -> None:
         """Take the result of a case."""
         row = {"name": case["name"], "kind": case["kind"], **found}
-        self.report["cases"].append(row)
+        others = [old for old in self.report["cases"] if old["name"] != row["name"]]
+        self.report["cases"] = [*others, row]
         self.save()
         shown = {
             k: v
@@ -205,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="names of cases, instead of all")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "multi_gpu.json")
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--add", action="store_true", help="to the results that --out holds already")
     parser.add_argument("--list", action="store_true", help="print the cases and leave")
     arguments = parser.parse_args(argv)
     cases = all_cases(arguments.processes, arguments.size, arguments.parts)

@@ -65,6 +65,9 @@ def test_a_case_that_hangs_or_fails_leaves_its_tracebacks_and_the_rest_goes_on(t
     assert "no result in time" in cases["cp2"]["error"] and "in waits" in cases["cp2"]["error"]
     assert "rank 1 is out of memory" in cases["cp2_sparse"]["error"]
     assert cases["dp2"] == {"name": "dp2", "kind": "layout", "passed": True}
+    # A second run of one case adds to the others.
+    code, report, cases = _run(tmp_path, "--size", "tiny", "--processes", "2", "--only", "dp2", "--add")
+    assert set(cases) == {"cp2", "cp2_sparse", "dp2"} and len(report["cases"]) == 3
 
 
 def test_exposed_time_is_what_no_other_kernel_covers():
