@@ -15,13 +15,14 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.documents import documents_limit
@@ -239,29 +240,33 @@ def _planned(config: TrainConfig) -> dict[str, Any]:
 
 
 def _communication(step: Any) -> dict[str, float]:
-    """Return seconds of one step: of NCCL's kernels, of those beside no other kernel, and of the others.
-
-    A collective's kernel runs from its start here until the last process has sent: waiting is in it.
-    """
-    from torch.autograd import DeviceType
+    """Return where the device's time of one more step goes; see `device_times`."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
+    return device_times(seen.events())
+
+
+def device_times(events: Iterable[Any]) -> dict[str, float]:
+    """Return seconds of NCCL's kernels, of those beside no other kernel, and of the others.
+
+    A collective's kernel runs from its start here until the last process has sent: waiting is in it. The
+    first one is the barrier before the step, in which processes wait for each other's profiler.
+
+    Args:
+        events: of torch's profiler; times in microseconds.
+    """
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            span = event.time_range
-            spans["nccl" in event.name.lower()].append((span.start, span.end))
-    sending, computing = joined(spans[True]), joined(spans[False])
+    for event in events:
+        # Annotations span what was launched inside them, gaps included.
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            span = (event.time_range.start, event.time_range.end)
+            spans["nccl" in event.name.lower()].append(span)
+    sending, computing = joined(sorted(spans[True])[1:]), joined(spans[False])
     both = joined([*sending, *computing])
-    total = {name: sum(end - start for start, end in x) / 1e6 for name, x in
-             (("sending", sending), ("computing", computing), ("both", both))}  # fmt: skip
-    return {
-        "nccl_s": total["sending"],
-        "nccl_exposed_s": total["both"] - total["computing"],
-        "computing_s": total["computing"],
-    }
+    nccl_s, computing_s, both_s = (sum(e - s for s, e in part) / 1e6 for part in (sending, computing, both))
+    return {"nccl_s": nccl_s, "nccl_exposed_s": both_s - computing_s, "computing_s": computing_s}
 
 
 def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

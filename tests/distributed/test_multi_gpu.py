@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from tests.distributed import multi_gpu, multi_gpu_page
-from tests.distributed.multi_gpu_timing import joined
+from tests.distributed.multi_gpu_timing import device_times, joined
 
 
 def _run(tmp_path, *arguments):
@@ -72,6 +74,22 @@ def test_a_case_that_hangs_or_fails_leaves_its_tracebacks_and_the_rest_goes_on(t
 
 def test_exposed_time_is_what_no_other_kernel_covers():
     assert joined([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+
+    def event(name, start, end, device=DeviceType.CUDA, annotation=False):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start * 1e6, end=end * 1e6), device_type=device,
+            is_user_annotation=annotation,
+        )  # fmt: skip
+
+    events = [
+        event("ncclDevKernel_AllReduce", 0, 5),  # the barrier
+        event("gemm", 5, 8),
+        event("ncclDevKernel_AllGather", 7, 10),
+        event("gemm", 9, 11),
+        event("Optimizer.step", 5, 20, annotation=True),
+        event("aten::mm", 0, 30, device=DeviceType.CPU),
+    ]
+    assert device_times(events) == {"nccl_s": 3.0, "nccl_exposed_s": 1.0, "computing_s": 5.0}
 
 
 def test_the_page_names_what_failed_and_what_was_not_run():
