@@ -44,7 +44,8 @@ def all_cases(processes: int, size: str, parts: list[str]) -> list[dict[str, Any
         {"kind": "layout", "name": name, "timeout_s": LAYOUT_S} for name in multi_gpu_layouts.cases(processes)
     ]
     times = multi_gpu_timing.cases(processes, size)
-    resume = [{"kind": "resume", "name": "resume", "timeout_s": RESUME_S}]
+    slower = 2 if size == "tiny" else 1  # several processes on two cores
+    resume = [{"kind": "resume", "name": "resume", "timeout_s": slower * RESUME_S}]
     whole = [case for case in times if not case["layers"]][:6]
     rest = [case for case in times if case not in whole]
     return [case for case in (*layouts, *whole, *resume, *rest) if case["kind"] in parts]
