@@ -28,6 +28,7 @@ from phsa_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 import torch  # noqa: E402
+from context_projection import RECIPES, projection  # noqa: E402
 from context_replay import Replay  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
@@ -35,19 +36,11 @@ from phsa_megatron.attention.core_attention import PHSACoreAttention  # noqa: E4
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
 from phsa_megatron.attention.side_info import SideInfo  # noqa: E402
 from phsa_megatron.config import schema  # noqa: E402
-from phsa_megatron.config.planning import step_time  # noqa: E402
-from phsa_megatron.config.planning.attention_time import AttentionTime, attention_time  # noqa: E402
-from phsa_megatron.config.planning.machine import Machine  # noqa: E402
-from phsa_megatron.config.planning.run_to_plan import run_to_plan  # noqa: E402
-from phsa_megatron.config.planning.search import Estimator  # noqa: E402
+from phsa_megatron.config.planning.attention_time import AttentionTime  # noqa: E402
 from phsa_megatron.parallel.sequence_sharding import own_positions  # noqa: E402
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SIZE, HEAD_DIM = 8, 128
-RECIPES = {
-    (16, 8): "phsa_0p6b_pretrain_8gpu_h100_bf16_32k",
-    (32, 8): "phsa_8b_pretrain_8gpu_h100_bf16_32k",
-}
 WAYS = (("all_gather", "zigzag"), ("block_sparse", "zigzag"), ("all_gather", "contiguous"))
 TABLE = PunctuationTable.build(
     ["." if token % 7 == 0 else "a" for token in range(128)],
@@ -260,32 +253,6 @@ def drift_of(heads, topk, seq_len):
     return min(fits, key=lambda row: abs(row["seq_len_tokens"] - seq_len))["drift"]
 
 
-def planned(heads, topk, seq_len, size):
-    """The plan's config of a run under CP = `size`, without tensor parallelism."""
-    tensor = ["parallel.tensor_size=1", "parallel.sequence_parallel=false", "parallel.recompute=none"]
-    return run_to_plan([
-        f"recipe={RECIPES[heads]}", f"data.seq_len_tokens={seq_len}", f"attention.train_topk={topk}",
-        f"parallel.context_size={size}", f"cluster.processes_per_node={size}", *tensor,
-        "optim.global_batch_sequences=1", "parallel.distributed_optimizer=true",
-    ])  # fmt: skip
-
-
-def projection(heads, topk, seq_len, size, measured):
-    """The plan's attention and step, and its step with the measured attention (an AttentionTime)."""
-    config = planned(heads, topk, seq_len, size)
-    machine, own = Machine.of(config), attention_time(config)
-    plan = Estimator(config, machine).estimate(config)
-    with mock.patch.object(step_time, "attention_time", lambda _: measured):
-        projected = Estimator(config, machine).estimate(config)
-    return {
-        "plan_fwd_ms": own.forward_ms, "plan_fwd_bwd_ms": own.forward_ms + own.backward_ms,
-        "plan_select_ms": own.select_ms, "plan_step_s": plan.time.step_s,
-        "projected_step_s": projected.time.step_s, "plan_tokens_per_s": plan.tokens_per_s,
-        "projected_tokens_per_s": projected.tokens_per_s, "plan_memory_gib": plan.memory.total_gib,
-        "plan_fits": plan.fits, "plan_step_shares": plan.time.shares(), "plan_notes": own.notes,
-    }  # fmt: skip
-
-
 def cases(report, heads, topk, seq_len, reps, save):
     from bench_phsa import make_inputs
 
@@ -385,6 +352,8 @@ def main():
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as training does
+    torch.utils.deterministic.fill_uninitialized_memory = False
     warm_compilation()
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
     run_gate(report)

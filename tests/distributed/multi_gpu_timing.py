@@ -1,0 +1,280 @@
+"""Times of training steps under context parallelism, beside one GPU, dense attention and the plan.
+
+A case is a real `train_step` of a recipe's model on random tokens: forward, backward, reduction, optimizer.
+Weights are fresh and tokens random, so that neighbouring queries share hardly any selected block: the
+block-sparse exchange then sends nearly all keys. `documents` cuts a row into so many, as packing does, and a
+process needs only the blocks of documents that it holds a part of.
+
+Where a whole model or its logits do not fit, a case has fewer layers or a smaller vocabulary: both are in its
+row. Steps of `8b` are of 1 and of 3 layers; their difference is two layers' time.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.autograd import DeviceType
+
+from phsa_megatron.attention.punctuation import PunctuationTable
+from phsa_megatron.config.documents import documents_limit
+from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.planning.machine import Machine
+from phsa_megatron.config.planning.run_to_plan import run_to_plan
+from phsa_megatron.config.planning.search import Estimator
+from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig
+from phsa_megatron.data.batches import Batch
+from phsa_megatron.parallel.exchange import traffic
+from phsa_megatron.parallel.groups import Groups, initialize
+from phsa_megatron.training.optimizer import build_parts
+from phsa_megatron.training.progress import Progress
+from phsa_megatron.training.state import TrainState
+from phsa_megatron.training.step import train_step
+from tests.distributed.multi_gpu_layouts import alone
+
+SMALL_VOCAB = 8192
+TINY = [
+    "recipe=phsa_0p6b_pretrain_8gpu_h100_bf16_32k", "cluster=local_cpu", "run.dtype=fp32",
+    "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_query_heads=4", "model.num_kv_heads=2",
+    "model.head_dim=8", "attention.impl=reference", "attention.block_tokens=4", "attention.init_tokens=4",
+    "attention.local_tokens=8",
+]  # fmt: skip
+
+
+def case(model: str, seq_len: int, context: int, **more: Any) -> dict[str, Any]:
+    """Return a case; `context` = 1 is one process alone."""
+    made = {
+        "kind": "timing", "model": model, "seq_len": seq_len, "context": context, "attention": "phsa",
+        "exchange": "all_gather", "layers": None, "vocab": None, "documents": 1, "steps": 3, "timeout_s": 90,
+    } | more  # fmt: skip
+    parts = [model, f"{seq_len // 1024}k", f"cp{context}", made["attention"]]
+    if context > 1 and made["attention"] == "phsa":
+        parts.append(made["exchange"])
+    parts += [f"{made['layers']}layers"] if made["layers"] else []
+    parts += [f"{made['documents']}documents"] if made["documents"] > 1 else []
+    return made | {"name": "_".join(parts)}
+
+
+def cases(processes: int, size: str) -> list[dict[str, Any]]:
+    """Return a run's cases, the most important first."""
+    sizes = [1, *(n for n in (2, 4, 8) if n <= processes)]
+    if size == "tiny":
+        tiny = [case("tiny", 1024, n, layers=2, vocab=128, steps=1) for n in sizes[:2]]
+        return [
+            *tiny,
+            *([tiny[1] | {"exchange": "block_sparse", "name": "tiny_sparse"}] if processes > 1 else []),
+        ]
+    ways = [(1, "all_gather")] + [(n, way) for n in sizes[1:] for way in ("all_gather", "block_sparse")]
+    small = {"vocab": SMALL_VOCAB}
+    found = [case("0p6b", 32768, n, exchange=way) for n, way in ways]
+    found += [case("0p6b", 131072, n, exchange=way, **small) for n, way in ways]
+    for layers in (1, 3):
+        found += [case("8b", 131072, n, exchange=way, layers=layers, **small) for n, way in ways]
+    last = sizes[-1]
+    dense = small | {"attention": "dense", "steps": 2}
+    for layers in (1, 3):
+        found += [case("0p6b", 131072, n, layers=layers, **dense) for n in {1, last}]
+    for layers in (1, 3):
+        found += [case("8b", 131072, last, layers=layers, **dense)]
+    if last > 1:
+        for layers in (1, 3):
+            found += [
+                case("8b", 524288, last, exchange=way, layers=layers, steps=2, **small)
+                for _, way in ways[-2:]
+            ]
+        found += [case("0p6b", 131072, last, exchange=way, documents=16, **small) for _, way in ways[-2:]]
+    return found
+
+
+def config_of(case: dict[str, Any], processes: int) -> TrainConfig:
+    """Return the settings of a case; processes beyond its context-parallel group are copies of the model."""
+    context = case["context"]
+    used = 1 if context == 1 else processes
+    if case["model"] == "tiny":
+        settings = list(TINY)
+    else:
+        settings = [f"recipe={case['attention']}_{case['model']}_pretrain_8gpu_h100_bf16_32k"]
+    settings += [
+        "run.name=multi_gpu", "parallel.tensor_size=1", "parallel.sequence_parallel=false",
+        "parallel.recompute=full", f"parallel.context_size={context}",
+        f"parallel.context_exchange={case['exchange']}", f"cluster.processes_per_node={used}",
+        f"data.seq_len_tokens={case['seq_len']}", f"optim.global_batch_sequences={used // context}",
+        "optim.micro_batch_sequences=1", "data.max_documents_per_sequence=16",
+    ]  # fmt: skip
+    settings += [f"model.num_layers={case['layers']}"] if case["layers"] else []
+    settings += [f"model.vocab_size={case['vocab']}"] if case["vocab"] else []
+    return run_to_plan(settings)
+
+
+def batch_of(config: TrainConfig, documents: int) -> Batch:
+    """Return one sequence of random tokens, cut into documents of equal length."""
+    length, vocab = config.data.seq_len_tokens, config.model.vocab_size
+    tokens = torch.randint(0, vocab, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    bounds = torch.full((documents_limit(config.data) + 1,), length, dtype=torch.int32)
+    bounds[:documents] = torch.arange(documents, dtype=torch.int32) * (length // documents)
+    mask = torch.ones(1, length)
+    mask[0, -1] = 0.0
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=mask,
+        position_ids=torch.arange(length)[None],
+        cu_seqlens=bounds,
+        domains=["random"],
+        sources=["random"],
+        pieces=[()],
+        num_overflow_tokens=0,
+    )
+
+
+@contextmanager
+def groups_of(config: TrainConfig, context: int) -> Iterator[Groups]:
+    """Groups of all processes, or of this one alone."""
+    if context == 1:
+        with alone(config) as groups:
+            yield groups
+        return
+    groups = initialize(config)
+    try:
+        yield groups
+    finally:
+        groups.close()
+
+
+def run_case(case: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Time a case and return its row on process 0; a case of one process leaves the others out."""
+    rank = int(os.environ.get("RANK", "0"))
+    config = config_of(case, processes)
+    if case["context"] == 1 and rank:
+        return {}
+    with groups_of(config, case["context"]) as groups:
+        row = _measure(config, groups, case)
+    gc.collect()
+    return row if rank == 0 else {}
+
+
+@contextmanager
+def repeated_weights() -> Iterator[None]:
+    """Weights repeat a million random numbers: to draw them all takes longer than the steps."""
+    numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # a prime: rows differ
+
+    def normal(
+        tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            flat = tensor.view(-1)
+            for part in flat.split(len(numbers)):
+                part.copy_(mean + std * numbers[: len(part)])
+        return tensor
+
+    with mock.patch.object(torch.nn.init, "normal_", normal):
+        yield
+
+
+def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any]) -> dict[str, Any]:
+    on_gpu = groups.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with repeated_weights():
+        parts = build_parts(config, groups)
+    table = PunctuationTable.build(
+        ["." if token % 16 == 0 else "a" for token in range(config.model.vocab_size)],
+        PunctuationMatch.exact,
+        PunctuationLanguage.en,
+    ).to(groups.device)
+    batches = [batch_of(config, case["documents"])]
+    state, progress = TrainState(), Progress()
+
+    def step() -> float:
+        groups.barrier()
+        began_s = time.perf_counter()
+        train_step(parts, batches, table, state, progress)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began_s
+
+    first_s = step()
+    traffic.take()
+    times = [step() for _ in range(case["steps"])]
+    sent = traffic.take()[0] / len(times)
+    slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=groups.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    step_s = float(slowest)
+    row = {
+        **{key: case[key] for key in ("model", "seq_len", "context", "attention", "exchange", "documents")},
+        "layers": config.model.num_layers, "vocab": config.model.vocab_size, "step_s": step_s,
+        "steps_s": times, "first_step_s": first_s, "gpus": groups.world_size,
+        "tokens_per_s": config.optim.global_batch_sequences * config.data.seq_len_tokens / step_s,
+        "sent_mib": sent / 2**20, "recompute": config.parallel.recompute.value,
+    }  # fmt: skip
+    if on_gpu:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row |= _communication(step)
+        row |= _planned(config)
+    return row
+
+
+def _planned(config: TrainConfig) -> dict[str, Any]:
+    """Return the plan's prediction; it knows the exchange of all keys only."""
+    if config.parallel.context_exchange.value != "all_gather":
+        return {}
+    try:
+        machine = Machine.of(config)
+        plan = Estimator(config, machine).estimate(config)
+    except ConfigError as error:
+        return {"plan_error": str(error)}
+    return {
+        "plan_step_s": plan.time.step_s,
+        "plan_gib": plan.memory.total_gib,
+        "plan_context_s": plan.time.context_s,
+        "plan_data_s": plan.time.data_s,
+    }
+
+
+def _communication(step: Any) -> dict[str, float]:
+    """Return where the device's time of one more step goes; see `device_times`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+    return device_times(seen.events())
+
+
+def device_times(events: Iterable[Any]) -> dict[str, float]:
+    """Return seconds of NCCL's kernels, of those beside no other kernel, and of the others.
+
+    A collective's kernel runs from its start here until the last process has sent: waiting is in it. The
+    first one is the barrier before the step, in which processes wait for each other's profiler.
+
+    Args:
+        events: of torch's profiler; times in microseconds.
+    """
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        # Annotations span what was launched inside them, gaps included.
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            span = (event.time_range.start, event.time_range.end)
+            spans["nccl" in event.name.lower()].append(span)
+    sending, computing = joined(sorted(spans[True])[1:]), joined(spans[False])
+    both = joined([*sending, *computing])
+    nccl_s, computing_s, both_s = (sum(e - s for s, e in part) / 1e6 for part in (sending, computing, both))
+    return {"nccl_s": nccl_s, "nccl_exposed_s": both_s - computing_s, "computing_s": computing_s}
+
+
+def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the union of intervals as intervals that do not touch, ascending."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
