@@ -200,6 +200,17 @@ def _in_megatron(module: str) -> Callable[[list[str]], int]:
     return run
 
 
+def _on_cpu(module: str) -> Callable[[list[str]], int]:
+    """Return a command that opens a model on the CPU of any machine."""
+
+    def run(argv: list[str]) -> int:
+        _call("phsa_megatron.parallel.cpu_shim", "install")(hide_gpu=True)
+        _call("phsa_megatron.parallel.mcore", "hide_known_notices")()
+        return _call(module, "main")(argv)
+
+    return run
+
+
 def _explain(argv: list[str]) -> int:
     parser = _parser(
         "explain",
@@ -288,6 +299,12 @@ COMMANDS: dict[str, Command] = {
     "punctuation": Command(
         "a tokenizer's punctuation set, and how dense it is in texts",
         _elsewhere("phsa_megatron.evaluation.punctuation_density"),
+    ),
+    "import-hf": Command(
+        "turn a Hugging Face folder into a run's checkpoint", _on_cpu("phsa_megatron.convert.import_hf")
+    ),
+    "export-hf": Command(
+        "turn a run's checkpoint into a Hugging Face folder", _on_cpu("phsa_megatron.convert.export_hf")
     ),
     "information-loss": Command(
         "what selection loses in a trained model, by selector, k, layer and head",

@@ -6,17 +6,41 @@ rest through `phsa_kernels.selectors`, which is eager. Letters as in `core_atten
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from phsa_kernels.api import block_boundaries, pool, select
 from phsa_kernels.selectors import max_norm_flags, select_blocks
 from phsa_megatron.attention.controls import weights_of_flags
-from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig, Selector
 from phsa_megatron.config.selector_kinds import ONE_POOLED_KEY, WITHOUT_SELECTION
 
 _KERNEL_KIND = {Selector.halves: "two_means"}
+
+
+class KeyInfo(Protocol):
+    """What the choice of blocks has to know about keys: a SideInfo, or `cached_rows.CachedRows`."""
+
+    @property
+    def is_punctuation(self) -> Tensor:
+        """Return bool [b, T]."""
+        ...
+
+    @property
+    def pool_weights(self) -> Tensor:
+        """Return fp32 [b, T]."""
+        ...
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Return int32 [N + 1]: document boundaries over the b * T flattened keys."""
+        ...
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Return (position in its document, document index) of each key, both int32 [b * T]."""
+        ...
 
 
 @torch.no_grad()
@@ -25,7 +49,7 @@ def choose_blocks(
     keys: Tensor,
     q_pos: Tensor,
     q_doc: Tensor,
-    side_info: SideInfo,
+    side_info: KeyInfo,
     attention: AttentionConfig,
     topk: int,
     softmax_scale: float | None,
@@ -90,7 +114,7 @@ def choose_blocks(
     )
 
 
-def _weights(keys: Tensor, side_info: SideInfo, attention: AttentionConfig) -> Tensor:
+def _weights(keys: Tensor, side_info: KeyInfo, attention: AttentionConfig) -> Tensor:
     """Return fp32 [T], or [T, Hkv] where the second branch depends on keys."""
     if attention.selector != Selector.max_norm:
         return side_info.pool_weights.reshape(-1)

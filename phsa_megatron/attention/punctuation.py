@@ -68,14 +68,18 @@ class PunctuationTable:
         """
         marks = ENGLISH_MARKS | (CHINESE_MARKS if language == PunctuationLanguage.en_zh else frozenset())
         flags = torch.tensor([_matches(token, match, marks) for token in decoded_tokens], dtype=torch.bool)
-        name = f"{PunctuationMatch(match).value}-{PunctuationLanguage(language).value}"
-        return cls(flags, name, _digest(name, flags))
+        return cls.of_flags(f"{PunctuationMatch(match).value}-{PunctuationLanguage(language).value}", flags)
+
+    @classmethod
+    def of_flags(cls, name: str, is_punctuation: Tensor) -> PunctuationTable:
+        """Return the table of flags bool [vocabulary size] on the CPU that were built before."""
+        return cls(is_punctuation, name, _digest(name, is_punctuation))
 
     @classmethod
     def separators(cls, decoded_tokens: Sequence[str]) -> PunctuationTable:
         """Return the table of SepLLM's separators: tokens that are exactly one of them."""
         flags = torch.tensor([token in SEPLLM_SEPARATORS for token in decoded_tokens], dtype=torch.bool)
-        return cls(flags, "sepllm", _digest("sepllm", flags))
+        return cls.of_flags("sepllm", flags)
 
     def shuffled(self, decoded_tokens: Sequence[str], seed: int) -> PunctuationTable:
         """Return a table with as many flags on other ids, drawn at random: a control for this one.
@@ -93,8 +97,7 @@ class PunctuationTable:
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         flags = torch.zeros_like(self.is_punctuation)
         flags[pool[order[:count]]] = True
-        name = f"{self.name}-shuffled-{seed}"
-        return PunctuationTable(flags, name, _digest(name, flags))
+        return PunctuationTable.of_flags(f"{self.name}-shuffled-{seed}", flags)
 
     def to(self, device: torch.device) -> PunctuationTable:
         """Return the same table with its flags on `device`."""

@@ -7,7 +7,6 @@ a test holds its logits to those of transformers. Training and everything else u
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.huggingface import model_settings, read_config
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Takes a layer's number from 0, queries [n, Hq, D], and keys and values [T, Hkv, D] of which the queries'
@@ -57,14 +59,19 @@ class ProbeModel:
         Args:
             folder: a Hugging Face folder of a Llama without biases, q/k norms and RoPE scaling.
             dtype: of weights and activations; norms, RoPE and softmax are fp32.
+
+        Raises:
+            ConfigError: the folder holds another kind of model.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.num_layers: int = config["num_hidden_layers"]
-        self.num_heads: int = config["num_attention_heads"]
-        self.num_kv_heads: int = config["num_key_value_heads"]
-        self.head_dim: int = config.get("head_dim") or config["hidden_size"] // self.num_heads
-        self.norm_eps: float = config["rms_norm_eps"]
-        base = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+        settings = model_settings(read_config(folder), folder)
+        if settings["qk_norm"]:
+            raise ConfigError(f"{folder}: the probe model has no norms of queries and keys; give a Llama")
+        self.num_layers: int = settings["num_layers"]
+        self.num_heads: int = settings["num_query_heads"]
+        self.num_kv_heads: int = settings["num_kv_heads"]
+        self.head_dim: int = settings["head_dim"]
+        self.norm_eps: float = settings["norm_eps"]
+        base: float = settings["rope_base"]
         self.frequencies = base ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim)
         self.weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):

@@ -364,6 +364,10 @@ class Checkpointer:
         return verify(folder)
 
     def _check_optimizer_layout(self, marker: Marker, folder: Path) -> None:
+        if marker.about.get(files.WEIGHTS_ONLY):
+            raise CheckpointError(
+                f"{folder} holds weights and no optimizer: start another run from it with run.init_from"
+            )
         ours = self._config.parallel.distributed_optimizer
         theirs = marker.about.get("distributed_optimizer", ours)
         if theirs != ours:

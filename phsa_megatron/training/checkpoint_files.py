@@ -21,20 +21,28 @@ from phsa_megatron.training.state import TrainState
 STATE_NAME = "train_state.json"
 CONFIG_NAME = "config.yaml"
 SHARDS_NAME = "shards"  # of its own: megatron takes a folder with other files for a corrupted checkpoint
+WEIGHTS_ONLY = "weights_only"  # in a marker: the checkpoint was converted, not trained; there is no optimizer
 _LAYOUT = ("world_size", "tensor_size", "pipeline_size", "virtual_pipeline_size", "context_size")
 
 
 def about(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     """What the marker says about the run that wrote the checkpoint."""
-    layout = config.parallel
     return {
         "world_size": groups.world_size,
-        "tensor_size": layout.tensor_size,
-        "pipeline_size": layout.pipeline_size,
-        "virtual_pipeline_size": layout.virtual_pipeline_size,
-        "context_size": layout.context_size,
-        "distributed_optimizer": layout.distributed_optimizer,
+        **layout(config),
+        "distributed_optimizer": config.parallel.distributed_optimizer,
         "config_sha256": hashlib.sha256(compose.dump(config).encode()).hexdigest(),
+    }
+
+
+def layout(config: TrainConfig) -> dict[str, Any]:
+    """How the model is spread over processes, for the marker."""
+    parallel = config.parallel
+    return {
+        "tensor_size": parallel.tensor_size,
+        "pipeline_size": parallel.pipeline_size,
+        "virtual_pipeline_size": parallel.virtual_pipeline_size,
+        "context_size": parallel.context_size,
     }
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+import torch
+
 from phsa_megatron.config import compose, lineage, resume_rules
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.model.huggingface_weights import fill_from_huggingface
 from phsa_megatron.training import agreement
 from phsa_megatron.training.checkpoint import Checkpointer
 from phsa_megatron.training.checkpoint_files import CONFIG_NAME
 from phsa_megatron.training.commit import CheckpointStore
-from phsa_megatron.training.huggingface_weights import load_huggingface
 from phsa_megatron.training.optimizer import Parts
 
 
@@ -43,7 +45,9 @@ def init_from(config: TrainConfig, parts: Parts, checkpointer: Checkpointer) -> 
         raise ValueError("init_from needs run.init_from")
     source = lineage.describe_source(config.run.init_from)
     if source.kind == "huggingface":
-        load_huggingface(source.path, config, parts)
+        fill_from_huggingface(source.path, config, parts.modules, parts.groups.collection.tp.rank())
+        with torch.no_grad():
+            parts.optimizer.reload_model_params()
     else:
         source = _load_run(source, config, parts, checkpointer)
     if parts.groups.rank == 0:

@@ -11,8 +11,8 @@ from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.lineage import read_lineage
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionKind, Dtype
+from phsa_megatron.model.huggingface_weights import join_qkv
 from phsa_megatron.training import stages
-from phsa_megatron.training.huggingface_weights import join_qkv
 from tests.training.checkpoint_runs import Run, fingerprint, tiny_config
 
 

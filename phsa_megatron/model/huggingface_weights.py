@@ -1,4 +1,4 @@
-"""Weights of a Qwen3- or Llama-like Hugging Face folder, read tensor by tensor into this process's model.
+"""Weights of a Qwen3- or Llama-like Hugging Face folder and those of this process's model, tensor by tensor.
 
 | Hugging Face | megatron |
 |---|---|
@@ -15,8 +15,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phsa_megatron.config.errors import CheckpointError, ConfigError
+from phsa_megatron.config.huggingface import check_same_model
 from phsa_megatron.config.schema import ModelConfig, TrainConfig
-from phsa_megatron.training.optimizer import Parts
 
-_QK_NORM = {"qwen3": True, "llama": False, "mistral": False}
 _SIMPLE = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
@@ -42,16 +41,20 @@ _OUTSIDE = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.weight")
 
 
-def load_huggingface(folder: Path, config: TrainConfig, parts: Parts) -> None:
-    """Fill the model of this process; other layouts than one process read only their share.
+def fill_from_huggingface(
+    folder: Path, config: TrainConfig, modules: Sequence[torch.nn.Module], tensor_rank: int = 0
+) -> None:
+    """Fill this process's model; other layouts than one process read only their share.
 
     Args:
         folder: config.json and *.safetensors.
         config: the run; its model settings must describe the same model.
-        parts: filled in place, the optimizer's fp32 copies included.
+        modules: the bare GPT models of this process, filled in place.
+        tensor_rank: of this process among `parallel.tensor_size`.
 
     Raises:
         ConfigError: the folder holds another model than the settings describe.
@@ -63,64 +66,40 @@ def load_huggingface(folder: Path, config: TrainConfig, parts: Parts) -> None:
             f"model.mtp_num_layers={config.model.mtp_num_layers}: a Hugging Face folder has no weights for "
             "multi-token prediction; set it to 0"
         )
-    tensors = _Folder(folder)
+    tensors = TensorFolder(folder)
     tensors.check_all_known(config.model)
-    share = _Share(config, parts.groups.collection.tp.rank(), parts.groups.collection.tp.size())
+    share = _Share(config, tensor_rank, config.parallel.tensor_size)
     with torch.no_grad():
-        for module in parts.modules:
+        for module in modules:
             for name, parameter in module.named_parameters():
-                _fill(parameter, name, _global_layer(module, name), tensors, share)
-        parts.optimizer.reload_model_params()
+                _fill(parameter, name, global_layer(module, name), tensors, share)
 
 
-def check_same_model(folder: Path, model: ModelConfig) -> None:
-    """Compare config.json with the model settings.
+def huggingface_tensors(name: str, layer: int, weight: Tensor, model: ModelConfig) -> dict[str, Tensor]:
+    """Return a whole megatron weight as the tensors that it is in a Hugging Face folder, as views of it.
+
+    Args:
+        name: of the parameter in a GPTModel that is not split over tensor-parallel processes.
+        layer: its number in the whole model, from 0; -1 outside of layers.
+        weight: its value, of any dtype and device; shapes alone (meta) do.
+        model: head counts and vocabulary size; rows that only pad the vocabulary are left out.
 
     Raises:
-        ConfigError: it lists every field that differs, with both values.
+        CheckpointError: there is no tensor for this parameter.
     """
-    path = folder / "config.json"
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    kind = theirs.get("model_type")
-    if kind not in _QK_NORM:
-        raise ConfigError(
-            f"{path}: model_type is {kind!r}; weights can be read from {', '.join(_QK_NORM)} (decoders with "
-            "RoPE, SwiGLU and RMSNorm)"
-        )
-    rope = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or ({} if rope.get("rope_type", "default") == "default" else rope)
-    heads = theirs["num_attention_heads"]
-    expected: dict[str, tuple[Any, Any]] = {
-        "num_layers": (theirs["num_hidden_layers"], model.num_layers),
-        "hidden_size": (theirs["hidden_size"], model.hidden_size),
-        "ffn_hidden_size": (theirs["intermediate_size"], model.ffn_hidden_size),
-        "num_experts": (0, model.num_experts),
-        "num_query_heads": (heads, model.num_query_heads),
-        "num_kv_heads": (theirs.get("num_key_value_heads", heads), model.num_kv_heads),
-        "head_dim": (theirs.get("head_dim") or theirs["hidden_size"] // heads, model.head_dim),
-        "vocab_size": (theirs["vocab_size"], model.vocab_size),
-        "tie_embeddings": (theirs.get("tie_word_embeddings", False), model.tie_embeddings),
-        "qk_norm": (_QK_NORM[kind], model.qk_norm),
-        "rope_base": (float(theirs.get("rope_theta") or rope.get("rope_theta", 10_000.0)), model.rope_base),
-        "norm_eps": (theirs.get("rms_norm_eps", 1e-6), model.norm_eps),
-    }
-    wrong = [
-        f"  model.{key}: {ours} here, {other} there"
-        for key, (other, ours) in expected.items()
-        if other != ours
-    ]
-    if scaling:
-        wrong.append(f"  RoPE scaling: none here, {scaling} there")
-    if theirs.get("hidden_act", "silu") != "silu":
-        wrong.append(f"  activation: silu here, {theirs['hidden_act']} there")
-    if wrong:
-        raise ConfigError(
-            f"run.init_from={folder}: the weights belong to another model:\n" + "\n".join(wrong)
-            + "\nSet the model settings to those of the folder, or start without run.init_from."
-        )  # fmt: skip
+    if name in _OUTSIDE:
+        return {_OUTSIDE[name]: weight if "norm" in name else weight[: model.vocab_size]}
+    match = _LAYER.fullmatch(name)
+    prefix, part = f"model.layers.{layer}.", match.group(2) if match else ""
+    if part == "self_attention.linear_qkv":
+        parts = zip("qkv", split_qkv(weight, model), strict=True)
+        return {f"{prefix}self_attn.{letter}_proj.weight": tensor for letter, tensor in parts}
+    if part == "mlp.linear_fc1":
+        gate, up = weight.chunk(2)
+        return {f"{prefix}mlp.gate_proj.weight": gate, f"{prefix}mlp.up_proj.weight": up}
+    if part in _SIMPLE:
+        return {f"{prefix}{_SIMPLE[part]}.weight": weight}
+    raise CheckpointError(f"{name}: a Qwen3 or Llama folder has no tensor for this parameter")
 
 
 class _Share:
@@ -139,7 +118,7 @@ class _Share:
         return full.chunk(self.size, dim)[self.rank]
 
 
-class _Folder:
+class TensorFolder:
     """Tensors of a folder by name, whichever file they are in."""
 
     def __init__(self, folder: Path) -> None:
@@ -167,6 +146,23 @@ class _Folder:
                 f"{', '.join(unknown[:3])}: it is another kind of model"
             )
 
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors.
+
+        Raises:
+            CheckpointError: there are several, or no tensors.
+        """
+        found = set()
+        for path in sorted(set(self._file_of.values())):
+            with safe_open(path, framework="pt") as stream:
+                found |= {stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
+        if len(found) != 1 or not found <= _DTYPES.keys():
+            raise CheckpointError(
+                f"{self._path} holds tensors of dtype {', '.join(sorted(found)) or 'none'}: all must be "
+                f"of the same, {', '.join(_DTYPES)}; dequantize a quantized folder first"
+            )
+        return _DTYPES[found.pop()]
+
     def get(self, name: str) -> Tensor:
         """A tensor on the CPU, in the dtype of the file."""
         if name not in self._file_of:
@@ -187,7 +183,7 @@ def _layer_names(model: ModelConfig) -> list[str]:
     return [name for name in names if model.qk_norm or not name.endswith(("q_norm", "k_norm"))]
 
 
-def _global_layer(module: torch.nn.Module, name: str) -> int:
+def global_layer(module: torch.nn.Module, name: str) -> int:
     """Number of a parameter's layer in the whole model, from 0; -1 outside of layers."""
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -196,7 +192,7 @@ def _global_layer(module: torch.nn.Module, name: str) -> int:
     return int(layers[int(match.group(1))].layer_number) - 1
 
 
-def _fill(parameter: Tensor, name: str, layer: int, tensors: _Folder, share: _Share) -> None:
+def _fill(parameter: Tensor, name: str, layer: int, tensors: TensorFolder, share: _Share) -> None:
     if name in _OUTSIDE:
         source = _OUTSIDE[name]
         if name == "output_layer.weight" and share.config.model.tie_embeddings:
@@ -253,6 +249,15 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, model: ModelConfig) -> T
         )
     by_group = [tensor.view(groups, -1, tensor.shape[1]) for tensor in (query, key, value)]
     return torch.cat(by_group, dim=1).reshape(-1, query.shape[1])
+
+
+def split_qkv(joined: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the query, key and value projections in megatron's one: the inverse of `join_qkv`."""
+    heads = model.num_query_heads // model.num_kv_heads
+    by_group = joined.view(model.num_kv_heads, heads + 2, model.head_dim, joined.shape[1])
+    query, key, value = by_group[:, :heads], by_group[:, heads], by_group[:, heads + 1]
+    width = joined.shape[1]
+    return query.reshape(-1, width), key.reshape(-1, width), value.reshape(-1, width)
 
 
 def _copy(parameter: Tensor, value: Tensor, source: str) -> None:

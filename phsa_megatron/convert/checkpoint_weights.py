@@ -1,0 +1,165 @@
+"""The weights of a run's checkpoint, whatever layout wrote it: one by one, all at once, and written anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from phsa_megatron.config import compose
+from phsa_megatron.config.errors import CheckpointError
+from phsa_megatron.config.run_folder import RunFolder
+from phsa_megatron.config.schema import Device, Dtype, KernelImpl, TrainConfig
+from phsa_megatron.model.factory import build_model
+from phsa_megatron.model.huggingface_weights import global_layer
+from phsa_megatron.parallel import mcore_checkpointing as shards
+from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training import checkpoint_files as files
+from phsa_megatron.training.commit import CheckpointStore, read_marker, verify
+from phsa_megatron.training.replay import single_process
+from phsa_megatron.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the whole model.
+
+    Attributes:
+        name: of the parameter in a GPTModel of one process.
+        layer: its number in the model, from 0; -1 outside of layers.
+        shape: a tensor without memory, of its shape and dtype.
+    """
+
+    name: str
+    layer: int
+    shape: Tensor
+
+
+def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """Return the checkpoint of a step, or the newest that can be trusted.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of a newer megatron-core.
+    """
+    store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
+    if step is None:
+        step = store.newest().newest
+        if step is None:
+            raise CheckpointError(f"{folder.path} holds no committed checkpoint: give the folder of a run")
+    elif step not in folder.committed_steps():
+        steps = ", ".join(map(str, folder.committed_steps())) or "none"
+        raise CheckpointError(f"{folder.path} has no committed checkpoint of step {step}; it has: {steps}")
+    checkpoint = store.path(step)
+    shards.check_readable(read_marker(checkpoint).made_with, checkpoint)
+    verify(checkpoint)
+    return checkpoint
+
+
+def settings_of(checkpoint: Path) -> TrainConfig:
+    """Return the settings that a checkpoint was made under, for one process on the CPU."""
+    return on_one_cpu(compose.load(checkpoint / files.CONFIG_NAME))
+
+
+def on_one_cpu(config: TrainConfig, dtype: Dtype | None = None) -> TrainConfig:
+    """Return the same model for one process on the CPU, in `dtype` if one is given."""
+    config = single_process(config)
+    return dataclasses.replace(
+        config,
+        run=config.run if dtype is None else dataclasses.replace(config.run, dtype=dtype),
+        attention=dataclasses.replace(config.attention, impl=KernelImpl.reference),
+        cluster=dataclasses.replace(config.cluster, device=Device.cpu),
+    )
+
+
+class StreamedWeights:
+    """Reads the weights of a checkpoint one by one, in the dtype that they were trained in.
+
+    Args:
+        checkpoint: a committed checkpoint, of any layout.
+        config: its settings for one process.
+        groups: of this process.
+    """
+
+    def __init__(self, checkpoint: Path, config: TrainConfig, groups: Groups) -> None:
+        self._shards = checkpoint / files.SHARDS_NAME
+        model = skeleton(config, groups)
+        self._sharded = shards.model_state([model], groups)["model"]
+        self.weights = [
+            Weight(name, global_layer(model, name), parameter.detach())
+            for name, parameter in model.named_parameters()
+        ]
+
+    def read(self, weight: Weight) -> Tensor:
+        """Return its value.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold it.
+        """
+        entry = self._sharded[weight.name]
+        entry.data = torch.empty_like(weight.shape, device="cpu")
+        value: Tensor = shards.read({weight.name: entry}, self._shards, is_part=True)[weight.name]
+        entry.data = weight.shape
+        return value
+
+    def __iter__(self) -> Iterator[tuple[Weight, Tensor]]:
+        for weight in self.weights:
+            yield weight, self.read(weight)
+
+
+def skeleton(config: TrainConfig, groups: Groups) -> torch.nn.Module:
+    """Return the bare model of one process without memory for its weights (on torch's meta device)."""
+    meta = torch.device("meta")
+    with meta:
+        (model,) = build_model(config, dataclasses.replace(groups, device=meta))
+    return bare(model)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model without megatron's bf16 wrapper."""
+    return model.module if isinstance(model, Float16Module) else model
+
+
+def load_model(checkpoint: Path, config: TrainConfig, groups: Groups) -> torch.nn.Module:
+    """Return the bare model of one process with a checkpoint's weights, in the dtype of `config`.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold this model.
+    """
+    (chunk,) = build_model(config, groups)
+    model = bare(chunk)
+    loaded = shards.read(shards.model_state([model], groups), checkpoint / files.SHARDS_NAME)
+    with torch.no_grad():
+        model.load_state_dict(loaded["model"], strict=True)
+    return model.eval()
+
+
+def write_run(model: torch.nn.Module, config: TrainConfig, groups: Groups) -> Path:
+    """Write a run folder whose only checkpoint, of step 0, holds a model's weights; return the checkpoint.
+
+    Args:
+        model: the bare model of one process.
+        config: settings of the run, for whatever layout will use it.
+        groups: of this one process.
+
+    Raises:
+        CheckpointError: it could not be written; what was begun is removed.
+    """
+    folder = RunFolder.of(config)
+    store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
+    partial = store.partial_path(0)
+    failure = files.write(partial, TrainState(), config, groups)
+    if failure is None:
+        writer = shards.ShardWriter(groups)
+        failure = writer.write(shards.model_state([model], groups), partial / files.SHARDS_NAME)
+    if failure is not None:
+        store.abandon(0)
+        raise CheckpointError(f"{partial} could not be written: {failure}")
+    about = files.about(config, groups) | files.layout(on_one_cpu(config)) | {files.WEIGHTS_ONLY: True}
+    folder.config_file.write_text(compose.dump(config), encoding="utf-8")
+    store.commit(0, shards.written_by(), about)
+    return store.path(0)
