@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from phsa_megatron.model.factory import build_model
 from phsa_megatron.model.huggingface_weights import global_layer
 from phsa_megatron.parallel import mcore_checkpointing as shards
 from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.parallel.shard_reader import ShardReader
 from phsa_megatron.training import checkpoint_files as files
 from phsa_megatron.training.commit import CheckpointStore, read_marker, verify
 from phsa_megatron.training.replay import single_process
@@ -86,7 +86,7 @@ class StreamedWeights:
     """
 
     def __init__(self, checkpoint: Path, config: TrainConfig, groups: Groups) -> None:
-        self._shards = checkpoint / files.SHARDS_NAME
+        self._reader = ShardReader(checkpoint / files.SHARDS_NAME)
         model = skeleton(config, groups)
         self._sharded = shards.model_state([model], groups)["model"]
         self.weights = [
@@ -100,15 +100,7 @@ class StreamedWeights:
         Raises:
             CheckpointError: the checkpoint does not hold it.
         """
-        entry = self._sharded[weight.name]
-        entry.data = torch.empty_like(weight.shape, device="cpu")
-        value: Tensor = shards.read({weight.name: entry}, self._shards, is_part=True)[weight.name]
-        entry.data = weight.shape
-        return value
-
-    def __iter__(self) -> Iterator[tuple[Weight, Tensor]]:
-        for weight in self.weights:
-            yield weight, self.read(weight)
+        return self._reader.read(self._sharded[weight.name], weight.shape.dtype)
 
 
 def skeleton(config: TrainConfig, groups: Groups) -> torch.nn.Module:

@@ -277,22 +277,15 @@ def _prepare_results() -> None:
     filesystem_async._results_queue = _result_manager.Queue()
 
 
-def read(state: ShardedStateDict, folder: Path, *, is_part: bool = False) -> dict[str, Any]:
+def read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     """Fill sharded state from a folder and return it in the form that `load_state_dict` takes.
-
-    Args:
-        state: what `model_state` returned, with tensors to fill.
-        folder: megatron's files.
-        is_part: the state is a part of the model, on purpose: nobody checks that every shard is read.
 
     Raises:
         CheckpointError: the folder does not hold this state.
     """
     try:
         with torch.no_grad():
-            loaded: dict[str, Any] = dist_checkpointing.load(
-                state, str(folder), validate_access_integrity=not is_part
-            )
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CheckpointError(
