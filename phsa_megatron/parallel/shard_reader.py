@@ -7,7 +7,6 @@ box; no process group is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from phsa_megatron.config.errors import CheckpointError
@@ -105,7 +104,7 @@ class _Into(LoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         raise NotImplementedError("the plan is given")
 
-    def create_global_plan(self, global_plan: Sequence[LoadPlan]) -> list[LoadPlan]:  # type: ignore[override]
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         raise NotImplementedError("the plan is given")
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
