@@ -14,6 +14,7 @@ from phsa_megatron.config import compose
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import Device, Dtype, KernelImpl, TrainConfig
+from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.model.factory import build_model
 from phsa_megatron.model.huggingface_weights import global_layer
 from phsa_megatron.parallel import mcore_checkpointing as shards
@@ -23,6 +24,9 @@ from phsa_megatron.training import checkpoint_files as files
 from phsa_megatron.training.commit import CheckpointStore, read_marker, verify
 from phsa_megatron.training.replay import single_process
 from phsa_megatron.training.state import TrainState
+
+# Its place among the ingredients of the data order (`data/order.py`), which every trained checkpoint names.
+_TOKENIZER = "data.tokenizer_file"
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,28 @@ def load_model(checkpoint: Path, config: TrainConfig, groups: Groups) -> torch.n
     return model.eval()
 
 
-def write_run(model: torch.nn.Module, config: TrainConfig, groups: Groups) -> Path:
+def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that is not the one a checkpoint was trained with: punctuation would be elsewhere.
+
+    Raises:
+        CheckpointError: with both hashes.
+    """
+    trained_with = files.read_state(checkpoint).data_fingerprint.get(_TOKENIZER)
+    if trained_with not in (None, tokenizer.sha256):
+        raise CheckpointError(
+            f"{tokenizer.path} has sha256 {tokenizer.sha256[:16]}, {checkpoint} was trained with "
+            f"{str(trained_with)[:16]}: give the run's own tokenizer (--tokenizer)"
+        )
+
+
+def write_run(model: torch.nn.Module, config: TrainConfig, groups: Groups, tokenizer: Tokenizer) -> Path:
     """Write a run folder whose only checkpoint, of step 0, holds a model's weights; return the checkpoint.
 
     Args:
         model: the bare model of one process.
         config: settings of the run, for whatever layout will use it.
         groups: of this one process.
+        tokenizer: of the model; the checkpoint names its hash.
 
     Raises:
         CheckpointError: it could not be written; what was begun is removed.
@@ -144,7 +163,8 @@ def write_run(model: torch.nn.Module, config: TrainConfig, groups: Groups) -> Pa
     folder = RunFolder.of(config)
     store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
     partial = store.partial_path(0)
-    failure = files.write(partial, TrainState(), config, groups)
+    state = TrainState(data_fingerprint={_TOKENIZER: tokenizer.sha256})
+    failure = files.write(partial, state, config, groups)
     if failure is None:
         writer = shards.ShardWriter(groups)
         failure = writer.write(shards.model_state([model], groups), partial / files.SHARDS_NAME)

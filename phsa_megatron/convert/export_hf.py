@@ -21,7 +21,13 @@ from phsa_megatron.config.huggingface import CONFIG_NAME, huggingface_config
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.convert import compare_logits
-from phsa_megatron.convert.checkpoint_weights import StreamedWeights, Weight, find_checkpoint, settings_of
+from phsa_megatron.convert.checkpoint_weights import (
+    StreamedWeights,
+    Weight,
+    check_same_tokenizer,
+    find_checkpoint,
+    settings_of,
+)
 from phsa_megatron.convert.folder_writer import Piece, new_folder, write_tensors
 from phsa_megatron.convert.phsa_entry import KEY, phsa_entry
 from phsa_megatron.data.tokenizer import Tokenizer
@@ -56,6 +62,7 @@ def main(argv: list[str]) -> int:
     checkpoint = find_checkpoint(run, arguments.step)
     config = settings_of(checkpoint)
     tokenizer = Tokenizer.from_file(arguments.tokenizer or config.data.tokenizer_file, config.data.eod_token)
+    check_same_tokenizer(checkpoint, tokenizer)
     table = table_of(tokenizer.decoded_tokens(), config.attention)
     num_bytes = export(checkpoint, config, arguments.folder, tokenizer, table, arguments.max_file_gib)
     print(f"{arguments.folder}: {num_bytes / GIB:.2f} GiB of weights from {checkpoint}")

@@ -88,9 +88,12 @@ def run_settings(
     theirs = read_config(folder)
     composed = compose_tree(overrides, recipes_dir)
     tree = composed.tree
+    named = [text for text in overrides if text.startswith(("run.name=", "run.root_dir="))]
+    if named:
+        raise ConfigError(f"{' '.join(named)}: the run folder is the command's second argument, {run}")
+    OmegaConf.update(tree, "run.name", run.name)  # a recipe has a name of its own
+    OmegaConf.update(tree, "run.root_dir", str(run.parent))
     defaults = _from_folder(folder, theirs) | {
-        "run.name": run.name,
-        "run.root_dir": str(run.parent),
         "run.train_steps": 1,
         "data.name": "none",
         "optim.global_batch_sequences": 1,
@@ -177,6 +180,7 @@ def import_weights(folder: Path, config: TrainConfig) -> Path:
             for parameter in model.parameters():
                 parameter.zero_()  # rows that only pad the vocabulary
         fill_from_huggingface(folder, here, [model])
-        return write_run(model, config, groups)
+        tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
+        return write_run(model, config, groups, tokenizer)
     finally:
         groups.close()

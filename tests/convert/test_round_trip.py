@@ -105,6 +105,21 @@ def test_the_imported_run_has_the_settings_of_the_folder_and_the_given_ones(mode
     assert RunFolder(run).committed_steps() == [0]
 
 
+def test_a_recipe_gives_what_a_run_needs_and_the_folder_is_the_one_that_was_named(model_folder, tmp_path):
+    folder = model_folder("qwen3")
+    recipe = ["recipe=phsa_demo_cpu", f"data.tokenizer_file={folder}/tokenizer.json"]
+    model = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_query_heads": 4,
+             "num_kv_heads": 2, "head_dim": 16, "vocab_size": 90, "rope_base": 5e5}  # fmt: skip
+    overrides = [*recipe, *(f"model.{name}={value}" for name, value in model.items())]
+    config = import_hf.run_settings(folder, tmp_path / "mine", overrides)
+    assert RunFolder.of(config).path == tmp_path / "mine"
+    assert (config.run.train_steps, config.attention.local_tokens) == (350, 64)
+    with pytest.raises(ConfigError, match="model.num_layers"):  # the recipe's model is another one
+        import_hf.run_settings(folder, tmp_path / "mine", recipe)
+    with pytest.raises(ConfigError, match="second argument"):
+        import_hf.run_settings(folder, tmp_path / "mine", [*overrides, "run.name=other"])
+
+
 def test_exported_settings_and_punctuation_return_at_import(run, tmp_path, capsys):
     export_hf.main([str(run), str(tmp_path / "ours"), "--no-compare"])
     assert "not compared" in capsys.readouterr().out
@@ -167,6 +182,13 @@ def test_what_contradicts_the_folder_or_a_rule_is_refused(model_folder, tmp_path
             [str(model_folder("qwen3")), str(tmp_path / "x"), "--no-compare", *overrides, *arguments]
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_another_tokenizer_than_the_trained_one_is_not_exported(run, tmp_path, tokenizer_file):
+    other = tmp_path / "other.json"
+    other.write_text(tokenizer_file.read_text().replace('"!"', '"wow"'))
+    with pytest.raises(CheckpointError, match="was trained with"):
+        export_hf.main([str(run), str(tmp_path / "x"), "--no-compare", "--tokenizer", str(other)])
 
 
 def test_nothing_is_overwritten_and_a_missing_step_is_named(run, tmp_path):
