@@ -294,6 +294,11 @@ BROKEN = [
         ["warmup_steps=301", "decay_steps=100", "train_steps=400", "more steps"],
     ),
     (
+        "_warmup",
+        {"optim.warmup_steps": 400, "optim.decay_steps": 0},
+        ["warmup_steps=400", "train_steps=400", "at most 399"],
+    ),
+    (
         "_cosine",
         {"optim.schedule": LrSchedule.cosine},
         ["decay_steps=100", "schedule=cosine", "decay_steps=0"],
