@@ -71,6 +71,13 @@ def compress(x: Tensor, weights: Compression, starts: Tensor) -> Tensor:
     return torch.bmm(hidden, weights.w_out.to(wide)).transpose(0, 1)
 
 
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Return [n, H, D] turned by RoPE: channels c and c + D / 2 by angle c of [n, D], both halves alike."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype)[:, None], angles.sin().to(x.dtype)[:, None]
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 def shared_strides(num_windows: int, num_blocks: int, block_tokens: int, device: torch.device) -> Tensor:
     """Return int64 [windows, blocks]: how many strides a window and a block of one document share."""
     per_window, per_block = WINDOW_TOKENS // STRIDE_TOKENS, block_tokens // STRIDE_TOKENS
@@ -94,6 +101,7 @@ def compressed_attention(
     init_tokens: int,
     local_tokens: int,
     block_tokens: int,
+    angles: Tensor | None = None,
     softmax_scale: float | None = None,
     impl: str = "reference",
 ) -> CompressedBranch:
@@ -102,9 +110,13 @@ def compressed_attention(
     A window is visible to a query once its last token is at or before it. A query without a visible window
     has output 0, and its blocks all score 0: the lowest candidates are chosen.
 
+    Keys are compressed before RoPE, and a compressed key is turned by the angles of its window's first token.
+    An MLP over turned keys would depend on absolute positions: a document's output would depend on where in a
+    sequence it lies. Inside a window the position encoding tells tokens apart. (The paper does not say.)
+
     Args:
         q: queries [Tq, Hq, D] after RoPE.
-        keys: keys of this branch [Tk, Hkv, D] after RoPE, all documents.
+        keys: keys of this branch [Tk, Hkv, D] before RoPE, all documents.
         values: its values [Tk, Hkv, D].
         of_keys: weights that compress keys.
         of_values: weights that compress values.
@@ -115,6 +127,7 @@ def compressed_attention(
         init_tokens: as in `api.select`, of the selected branch.
         local_tokens: as in `api.select`, of the selected branch.
         block_tokens: m, a multiple of 16.
+        angles: [Tk, D], RoPE's of each token; None where there is no RoPE.
         softmax_scale: default D ** -0.5.
         impl: only 'reference'.
 
@@ -135,10 +148,11 @@ def compressed_attention(
     lengths = _lengths(cu_seqlens, len(keys))
     starts, counts = window_starts(lengths)
     first = torch.tensor(starts, dtype=torch.int64, device=q.device)
-    keys_of_doc, values_of_doc = (
-        compress(x, weights, first).split_with_sizes(counts)
-        for x, weights in ((keys, of_keys), (values, of_values))
-    )
+    compressed_keys = compress(keys, of_keys, first)
+    if angles is not None:
+        compressed_keys = turn(compressed_keys, angles[first])
+    keys_of_doc = compressed_keys.split_with_sizes(counts)
+    values_of_doc = compress(values, of_values, first).split_with_sizes(counts)
     rows_of_all, outs, ids = [], [], []
     for rows in _chunks_by_document(q_doc):
         doc, position = int(q_doc[rows[0]]), q_pos[rows].long()
@@ -171,5 +185,6 @@ __all__ = [
     "compress",
     "compressed_attention",
     "shared_strides",
+    "turn",
     "window_starts",
 ]

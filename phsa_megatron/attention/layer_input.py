@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -24,11 +23,9 @@ class LayerInput:
     hidden: Tensor
     angles: Tensor
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Return [S, b, H, D] turned by RoPE as megatron turns the layer's own keys."""
-        cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+    def token_angles(self) -> Tensor:
+        """Return RoPE's angles [T, D] of the flattened tokens, row after row."""
+        return self.angles.flatten(1).repeat(self.hidden.shape[1], 1)
 
 
 class SelfAttentionWithInput(SelfAttention):  # type: ignore[misc]

@@ -6,8 +6,8 @@ Per query head, gates are sigmoids of a linear map of the layer's input. Each br
 its own, as in the paper: the selected branch those of the layer, so that the rest of the model is that of
 every other selector, the other two their own projections, norms (where the model norms keys) and RoPE. What
 the paper leaves open is chosen here: gates have one linear layer without bias; the compressing MLP has one
-hidden layer of width D with SiLU, for each key-value head its own; keys are compressed after RoPE. Letters
-as in `core_attention.py`.
+hidden layer of width D with SiLU, for each key-value head its own; keys are compressed before RoPE, which
+then turns the compressed ones (`phsa_kernels.nsa` says why). Letters as in `core_attention.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from phsa_kernels.nsa import WINDOW_TOKENS, Compression, compressed_attention
+from phsa_kernels.nsa import WINDOW_TOKENS, Compression, compressed_attention, turn
 from phsa_megatron.attention.core_attention import PHSACoreAttention
 from phsa_megatron.attention.dense_attention import Window, dense
 from phsa_megatron.attention.head_weights import HeadWeights, drawn_apart
@@ -77,6 +77,7 @@ class NSACoreAttention(PHSACoreAttention):
         if not isinstance(side_info.layer_input, LayerInput):
             raise TypeError(f"layer {self.layer_number} got no input: NSA needs SelfAttentionWithInput")
         gates, keys, values = self._projected(side_info.layer_input)
+        angles = side_info.layer_input.token_angles()
         q_pos, q_doc = side_info.positions()
         settings = self.attention
         compressed, ids = compressed_attention(
@@ -92,17 +93,18 @@ class NSACoreAttention(PHSACoreAttention):
             init_tokens=settings.init_tokens,
             local_tokens=settings.local_tokens,
             block_tokens=settings.block_tokens,
+            angles=angles,
             softmax_scale=self.softmax_scale,
             impl=settings.impl.value,
         )
         selected = self._over(query, key, value, ids, q_pos, q_doc, side_info, None)
         window = Window(0, self.window_tokens)
-        near = dense(query, keys[1], values[1], side_info, self.softmax_scale, window)
+        near = dense(query, turn(keys[1], angles), values[1], side_info, self.softmax_scale, window)
         branches = torch.stack([compressed, selected, near], dim=2)  # [T, Hq, 3, D]
         return (branches * gates.unsqueeze(-1)).sum(2)
 
     def _projected(self, given: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gates [T, Hq, 3], keys and values [2, T, Hkv, D] of the compressed branch and the window."""
+        """Return gates [T, Hq, 3]; keys before RoPE and values [2, T, Hkv, D]: compressed branch, window."""
         gates, _ = self.linear_gate(given.hidden)
         both, _ = self.linear_kv(given.hidden)
         num_tokens, num_rows, _ = gates.shape
@@ -110,10 +112,9 @@ class NSACoreAttention(PHSACoreAttention):
         keys, values = both.unbind(4)
         if self.config.qk_layernorm:
             keys = _normed(keys, self.norm_eps) * (1 + self.heads.key_gain)
-        turned = torch.stack([given.rotate(keys[:, :, :, branch]) for branch in range(2)])
         flat_keys, flat_values = (
-            x.transpose(1, 2).reshape(2, num_rows * num_tokens, -1, self.head_dim)
-            for x in (turned, values.permute(3, 0, 1, 2, 4))
+            x.permute(3, 1, 0, 2, 4).reshape(2, num_rows * num_tokens, -1, self.head_dim)
+            for x in (keys, values)
         )
         gates = gates.sigmoid().transpose(0, 1).reshape(num_rows * num_tokens, -1, 3)
         return gates, flat_keys, flat_values

@@ -50,7 +50,7 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
     learned = learned_selector(config.attention)
     if learned is not None:
         core, params["seed"] = _LEARNED[learned], config.run.seed
-    if learned == Selector.nsa:
+    if learned is not None:
         spec.submodules.self_attention.module = SelfAttentionWithInput
     heads = spec.submodules.self_attention.submodules
     heads.core_attention = ModuleSpec(module=core, params=params)

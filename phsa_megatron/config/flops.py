@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from phsa_megatron.config.learned_weights import (
     compression_flops,
-    indexer_flops,
+    index_flops,
     learned_product_weights,
     learned_weights,
 )
@@ -180,8 +180,8 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
 def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
     """Return the forward FLOPs of pooling and scoring of one layer over one document.
 
-    NSA's scores are those of its compressed branch, and count as attention. The indexer's loss and its target,
-    scores of dense attention, are left out.
+    NSA's scores are those of its compressed branch, and count as attention. The indexer's loss and its
+    target, scores of dense attention, are left out.
     """
     if is_dense(num_tokens, attention) or not selects_blocks(attention):
         return 0
@@ -193,7 +193,7 @@ def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionCon
     pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
     pooling *= sums.get(attention.selector, 1)
     if attention.selector == Selector.indexer:
-        return pooling + indexer_flops(num_tokens, scored_pairs(num_tokens, attention), model, attention)
+        return pooling + index_flops(scored_pairs(num_tokens, attention), model, attention)
     vectors = 2 if attention.selector in (Selector.minmax, Selector.cumulant, Selector.halves) else 1
     # raw_sum is linear: the group's queries are summed first and scored once (method, section 3).
     per_pair = (

@@ -35,7 +35,7 @@ def _nsa_window(config: TrainConfig) -> Iterator[str]:
 
 def _settings_of_another_selector(config: TrainConfig) -> Iterator[str]:
     attention = config.attention
-    for name in ("indexer_heads", "indexer_dim", "indexer_coeff"):
+    for name in ("indexer_heads", "indexer_coeff"):
         value = getattr(attention, name)
         if attention.selector != Selector.indexer and value != _DEFAULTS[name]:
             yield broken(
@@ -102,6 +102,7 @@ def _learned_everywhere(config: TrainConfig) -> Iterator[str]:
 
 
 def _nsa_recompute(config: TrainConfig) -> Iterator[str]:
+    """The indexer may be recomputed by itself: no gradient goes from it to the layer's input."""
     recompute = config.parallel.recompute
     if learned_selector(config.attention) == Selector.nsa and recompute == Recompute.selective:
         yield broken(

@@ -12,27 +12,29 @@ _WINDOW_TOKENS, _STRIDE_TOKENS = 32, 16
 
 
 def learned_product_weights(model: ModelConfig, attention: AttentionConfig | None) -> int:
-    """Return the weights that multiply each token once: NSA's gates, and keys and values of two branches."""
-    if attention is None or learned_selector(attention) != Selector.nsa:
-        return 0
-    return model.hidden_size * (3 * model.num_query_heads + 4 * model.num_kv_heads * model.head_dim)
+    """Return the weights that multiply each token once.
 
-
-def learned_weights(model: ModelConfig, attention: AttentionConfig | None) -> int:
-    """Return all weights that a selector adds to one layer; 0 for selectors without any."""
+    NSA: gates, and keys and values of two branches. Indexer: index queries, index keys and weights of heads.
+    """
     learned = None if attention is None else learned_selector(attention)
     if attention is None or learned is None:
         return 0
     d, kv_heads = model.head_dim, model.num_kv_heads
     if learned == Selector.nsa:
-        window = _WINDOW_TOKENS * d  # the position encoding of a window, and the inputs of its MLP
-        gains = 2 * d if model.qk_norm else 0
-        return learned_product_weights(model, attention) + kv_heads * (
-            2 * (window + window * d + d * d) + gains
-        )
-    group = model.num_query_heads // kv_heads * d
-    heads, channels = attention.indexer_heads, attention.indexer_dim
-    return kv_heads * (group * heads * channels + d * channels + group * heads)
+        return model.hidden_size * (3 * model.num_query_heads + 4 * kv_heads * d)
+    heads = attention.indexer_heads
+    return model.hidden_size * kv_heads * (heads * d + d + heads)
+
+
+def learned_weights(model: ModelConfig, attention: AttentionConfig | None) -> int:
+    """Return all weights that a selector adds to one layer; 0 for selectors without any."""
+    products = learned_product_weights(model, attention)
+    if attention is None or learned_selector(attention) != Selector.nsa:
+        return products
+    d = model.head_dim
+    window = _WINDOW_TOKENS * d  # the position encoding of a window, and the inputs of its MLP
+    gains = 2 * d if model.qk_norm else 0
+    return products + model.num_kv_heads * (2 * (window + window * d + d * d) + gains)
 
 
 def compression_flops(num_tokens: int, model: ModelConfig) -> int:
@@ -42,18 +44,6 @@ def compression_flops(num_tokens: int, model: ModelConfig) -> int:
     return 2 * windows * 2 * model.num_kv_heads * (_WINDOW_TOKENS * d * d + d * d)
 
 
-def indexer_flops(num_tokens: int, scored: int, model: ModelConfig, attention: AttentionConfig) -> int:
-    """Return the forward FLOPs of the indexer of one layer over one document, its pooling left out.
-
-    Args:
-        num_tokens: of the document.
-        scored: (query, block) pairs that are scored.
-        model: the shape.
-        attention: the indexer's settings.
-    """
-    d, kv_heads = model.head_dim, model.num_kv_heads
-    group = model.num_query_heads // kv_heads * d
-    heads, channels = attention.indexer_heads, attention.indexer_dim
-    queries = num_tokens * group * heads * (channels + 1)
-    keys = num_tokens // attention.block_tokens * d * channels
-    return 2 * kv_heads * (queries + keys + scored * heads * channels)
+def index_flops(scored: int, model: ModelConfig, attention: AttentionConfig) -> int:
+    """Return the forward FLOPs of index scores in one layer, of as many (query, block) pairs as `scored`."""
+    return 2 * model.num_kv_heads * attention.indexer_heads * (model.head_dim + 1) * scored

@@ -73,7 +73,6 @@ RANGES: dict[str, Range] = {
     "attention.control_seed": Range(0, 2**31 - 1),
     "attention.nsa_window_tokens": _FROM_ONE,
     "attention.indexer_heads": _FROM_ONE,
-    "attention.indexer_dim": _FROM_ONE,
     "attention.indexer_coeff": _POSITIVE,
     "attention.align_coeff": _FROM_ZERO,
     "attention.align_full_frac": _FRAC,

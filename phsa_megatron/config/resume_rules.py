@@ -104,7 +104,6 @@ RULES: dict[str, ResumeRule] = {
     "attention.topk_choices": _ATTENTION,
     "attention.nsa_window_tokens": _ATTENTION,
     "attention.indexer_heads": _ATTENTION,
-    "attention.indexer_dim": _ATTENTION,
     "attention.indexer_coeff": _HERE,
     "attention.align_coeff": _HERE,
     "attention.align_full_frac": _HERE,

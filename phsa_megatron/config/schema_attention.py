@@ -121,9 +121,7 @@ class AttentionConfig:
     nsa_window_tokens: int | None = None
     """selector=nsa: tokens of the sliding-window branch; init and local are those of the selected branch."""
     indexer_heads: int = 4
-    """selector=indexer: index heads of each key-value head."""
-    indexer_dim: int = 32
-    """selector=indexer: channels of an index head."""
+    """selector=indexer: index heads of each key-value head; an index head is as wide as the model's."""
     indexer_coeff: float = 1.0
     """selector=indexer: weight of its distillation loss; the loss trains nothing but the indexer."""
     align_coeff: float = 0.0

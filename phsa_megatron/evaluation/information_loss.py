@@ -133,15 +133,12 @@ def swapped(own: AttentionConfig, selector: Selector) -> AttentionConfig:
     """
     if selector == own.selector:
         return own
-    if selector in WITH_PARAMETERS or own.selector == Selector.nsa:
+    nsa = own.selector == Selector.nsa
+    if selector in WITH_PARAMETERS or nsa:
+        why = "which is more than a choice of blocks" if nsa else "and has none of its weights"
         raise ConfigError(
-            f"--selectors {selector}: this run was trained with attention.selector={own.selector}, and "
-            + (
-                "NSA is more than a choice of blocks"
-                if own.selector == Selector.nsa
-                else "has no weights of it"
-            )
-            + f"; measure --selectors {own.selector}"
+            f"--selectors {selector}: this run was trained with attention.selector={own.selector}, {why}; "
+            f"measure --selectors {own.selector}"
         )
     lam = 1.0 if selector in WITHOUT_SECOND_BRANCH else own.mean_weight_frac
     return dataclasses.replace(own, selector=selector, mean_weight_frac=lam, dense_layers=[])

@@ -13,6 +13,10 @@ BOUNDS = [0, 5, 5, 87, 118, 150, 150]
 SETTINGS = {"topk": 2, "init_tokens": 16, "local_tokens": 16, "block_tokens": 16}
 
 
+# Angles of RoPE that are those of no simple position, to tell the window's first token from the others.
+ANGLES = torch.randn(BOUNDS[-1], D // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
 def _compression(generator):
     shapes = [(KV, 32, D), (KV, 32 * D, WIDTH), (KV, WIDTH, D)]
     return Compression(
@@ -33,7 +37,8 @@ def _run(inputs, bounds=BOUNDS, **changes):
     q, k, v, of_keys, of_values = inputs
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     where = token_positions(cu_seqlens, len(q))
-    return compressed_attention(q, k, v, of_keys, of_values, *where, cu_seqlens, **{**SETTINGS, **changes})
+    settings = {**SETTINGS, "angles": torch.cat([ANGLES, ANGLES], 1)[: len(q)], **changes}
+    return compressed_attention(q, k, v, of_keys, of_values, *where, cu_seqlens, **settings)
 
 
 def _leaves(inputs):
@@ -54,6 +59,16 @@ def _one_vector(tokens, head, weights):
     return torch.stack([sum(hidden[e] * weights.w_out[head, e, c] for e in range(WIDTH)) for c in range(D)])
 
 
+def _turned(vector, token):
+    """Turn pairs of channels (c, c + D / 2), one by one."""
+    parts = [None] * D
+    for c, angle in enumerate(ANGLES[token].tolist()):
+        x, y = vector[c], vector[c + D // 2]
+        parts[c] = x * math.cos(angle) - y * math.sin(angle)
+        parts[c + D // 2] = y * math.cos(angle) + x * math.sin(angle)
+    return torch.stack(parts)
+
+
 def _by_loops(inputs, bounds=BOUNDS, topk=2, init_tokens=16, local_tokens=16, block_tokens=16):
     """The branch query by query and window by window: equations 7 to 10 with tokens for strides."""
     q, k, v, of_keys, of_values = inputs
@@ -65,6 +80,7 @@ def _by_loops(inputs, bounds=BOUNDS, topk=2, init_tokens=16, local_tokens=16, bl
             [[_one_vector(x[a:b, head], head, w) for a, b in spans] for head in range(KV)]
             for x, w in ((k, of_keys), (v, of_values))
         )
+        keys = [[_turned(key, a) for key, (a, _) in zip(of_head, spans, strict=True)] for of_head in keys]
         for i in range(start, end):
             seen = [n for n, (_, b) in enumerate(spans) if b - 1 <= i]
             for head in range(KV):
@@ -109,17 +125,17 @@ def test_output_gradients_and_blocks_are_those_of_loops_over_tokens(changes):
 
 
 def test_numbers_by_hand():
-    """One head of one channel, 48 tokens, MLPs that pick one token: every number on paper.
+    """One head of one channel, no RoPE, 48 tokens, MLPs that pick one token: every number on paper.
 
-    Windows are tokens 0-31 and 16-47. The key MLP reads token 0 of a window and the value MLP its token 31, each
-    with a position encoding of 1 there; its weights are 1, and silu(x) = x / (1 + e^-x).
-    Keys k0 = 1 and k16 = -1 (others 7, never read): inputs 2 and 0, compressed keys silu(2) = 1.761594 and 0.
-    Values v31 = 0 and v47 = 1: inputs 1 and 2, compressed values silu(1) = 0.731059 and silu(2) = 1.761594.
-    Query 46 sees the first window only (the second ends at 47): output 0.731059. Query 47 with q = 1 and scale
-    1 has weights e^1.761594 : e^0 = 5.821711 : 1, so 0.853409 and 0.146591, and the output
+    Windows are tokens 0-31 and 16-47. The key MLP reads token 0 of a window and the value MLP its token 31,
+    each with a position encoding of 1 there; its weights are 1, and silu(x) = x / (1 + e^-x).
+    Keys k0 = 1, k16 = -1 (others 7, never read): inputs 2 and 0, compressed keys silu(2) = 1.761594 and 0.
+    Values v31 = 0, v47 = 1: inputs 1 and 2, compressed values silu(1) = 0.731059 and silu(2) = 1.761594.
+    Query 46 sees the first window only (the second ends at 47): output 0.731059. Query 47 with q = 1 and
+    scale 1 has weights e^1.761594 : e^0 = 5.821711 : 1, so 0.853409 and 0.146591, and the output
     0.853409 * 0.731059 + 0.146591 * 1.761594 = 0.882126.
-    Blocks of 16: both windows have two strides; block 0 shares one with window 0, block 1 one with each, block
-    2 one with window 1: scores 0.853409, 1, 0.146591. Among blocks 0 and 1 (2 is local) the best is 1.
+    Blocks of 16: both windows have two strides; block 0 shares one with window 0, block 1 one with each,
+    block 2 one with window 1: scores 0.853409, 1, 0.146591. Of blocks 0 and 1 (2 is local) 1 is the best.
     """
     keys, values = torch.full((48, 1, 1), 7.0), torch.full((48, 1, 1), 7.0)
     keys[0], keys[16], values[31], values[47] = 1.0, -1.0, 0.0, 1.0
@@ -172,7 +188,9 @@ def test_packed_documents_are_those_alone():
     q, k, v, *weights = inputs
     for start, end in zip(BOUNDS[:-1], BOUNDS[1:], strict=True):
         if end > start:
-            alone = _run((q[start:end], k[start:end], v[start:end], *weights), [0, end - start])
+            angles = torch.cat([ANGLES, ANGLES], 1)[start:end]
+            part = q[start:end], k[start:end], v[start:end], *weights
+            alone = _run(part, [0, end - start], angles=angles)
             torch.testing.assert_close(packed.out[start:end], alone.out, rtol=1e-13, atol=1e-14)
             assert torch.equal(packed.ids[start:end], alone.ids)
 
