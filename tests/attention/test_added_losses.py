@@ -92,7 +92,7 @@ def test_alignment_and_its_gradients_are_those_of_both_outputs_written_out(core,
 def test_index_loss_and_its_gradients_are_those_of_block_masses_written_out(
     tiny_config, single_process_groups
 ):
-    """A whole model in fp64: its loss plus the KL from probabilities of masks, by autograd, layer by layer."""
+    """A whole model in fp64: its loss plus the KL of probabilities written out, by autograd."""
     config = tiny_config(**INDEXED, model__num_layers=1)
     (model,) = build_model(config, single_process_groups)
     model, losses = model.double(), AddedLosses.of(config)
@@ -127,7 +127,7 @@ def test_index_loss_and_its_gradients_are_those_of_block_masses_written_out(
     alone = torch.autograd.grad(_forward(model, config).sum(), weights.values(), allow_unused=True)
     for (name, one), other, without in zip(found.items(), expected, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12, msg=name)
-        # The loss trains the indexer, and nothing else does; it trains nothing else.
+        # The loss trains the indexer alone, and nothing else trains it.
         assert (without is None) == (".core_attention." in name), name
         assert one.abs().max() > 0, name
 
