@@ -24,7 +24,7 @@ from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.data.order import describe_mismatch
 from phsa_megatron.parallel import mcore_checkpointing as shards
 from phsa_megatron.parallel.groups import Groups
-from phsa_megatron.training import agreement
+from phsa_megatron.training import agreement, selector_weights
 from phsa_megatron.training import checkpoint_files as files
 from phsa_megatron.training.commit import CheckpointStore, Marker, read_marker, seal, verify
 from phsa_megatron.training.local_copy import LocalCopies
@@ -211,7 +211,13 @@ class Checkpointer:
             raise CheckpointError(f"{folder} could not be written: {failure}")
 
     def load_from(
-        self, folder: Path, parts: Parts, *, weights_only: bool = False, copy: Path | None = None
+        self,
+        folder: Path,
+        parts: Parts,
+        *,
+        weights_only: bool = False,
+        fresh_selector: bool = False,
+        copy: Path | None = None,
     ) -> TrainState:
         """Fill model, and unless `weights_only` optimizer, schedule and random generators, from a folder.
 
@@ -219,6 +225,7 @@ class Checkpointer:
             folder: a committed checkpoint.
             parts: filled in place.
             weights_only: only the model's weights; the optimizer's fp32 copies follow them.
+            fresh_selector: with `weights_only`, leave a selector's own weights as they are.
             copy: a copy of the folder to read the shards from.
 
         Returns:
@@ -231,11 +238,12 @@ class Checkpointer:
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
+        weights = selector_weights.leave_out(weights) if fresh_selector else weights
         loaded = shards.read(weights, (copy or folder) / files.SHARDS_NAME)
         with torch.no_grad():
             names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
             for name, module in zip(names, parts.modules, strict=True):
-                module.load_state_dict(loaded[name], strict=True)
+                selector_weights.fill(module, loaded[name], fresh=fresh_selector)
             if weights_only:
                 parts.optimizer.reload_model_params()
             else:

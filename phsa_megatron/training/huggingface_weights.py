@@ -26,6 +26,7 @@ from torch import Tensor
 
 from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.schema import ModelConfig, TrainConfig
+from phsa_megatron.training import selector_weights
 from phsa_megatron.training.optimizer import Parts
 
 _QK_NORM = {"qwen3": True, "llama": False, "mistral": False}
@@ -69,6 +70,8 @@ def load_huggingface(folder: Path, config: TrainConfig, parts: Parts) -> None:
     with torch.no_grad():
         for module in parts.modules:
             for name, parameter in module.named_parameters():
+                if selector_weights.PLACE in name:
+                    continue  # a selector's own weights start fresh
                 _fill(parameter, name, _global_layer(module, name), tensors, share)
         parts.optimizer.reload_model_params()
 
