@@ -8,7 +8,7 @@ A checkpoint folder RUN/checkpoints/step_00000120/ holds `shards/` (megatron's f
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -241,8 +241,7 @@ class Checkpointer:
         weights = selector_weights.leave_out(weights) if fresh_selector else weights
         loaded = shards.read(weights, (copy or folder) / files.SHARDS_NAME)
         with torch.no_grad():
-            names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
-            for name, module in zip(names, parts.modules, strict=True):
+            for name, module in zip(shards.chunk_names(parts.modules), parts.modules, strict=True):
                 selector_weights.fill(module, loaded[name], fresh=fresh_selector)
             if weights_only:
                 parts.optimizer.reload_model_params()
@@ -398,5 +397,4 @@ def check_data_order(saved: TrainState, current: Mapping[str, Any]) -> None:
 
 
 def _free_bytes(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(folder).free

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_runs_differ_in_selector_and_seed_and_have_the_recipes_budget(tmp_path):
-    names = ["phsa", "random_tokens", "moba", "separators", "window", "dense"]
+    names = ["phsa", "random_tokens", "moba", "separators", "window", "dense", "nsa", "indexer"]
     runs = plan(names, ["1", "2"], [DEMO, "attention.train_topk=3"], tmp_path, own_settings=False)
     assert [(name, seed) for name, seed, _ in runs] == [(n, s) for n in names for s in (1, 2)]
     configs = {name: compose(arguments).config for name, _, arguments in runs}
@@ -28,6 +28,7 @@ def test_runs_differ_in_selector_and_seed_and_have_the_recipes_budget(tmp_path):
         if name in ("phsa", "random_tokens"):
             assert attention.punctuation_language == "en_zh"  # the demo's, not the file's
         assert config.run.name == f"{name}-seed2" and config.run.root_dir == str(tmp_path)
+    assert configs["nsa"].attention.nsa_window_tokens == 64  # the recipe's local window
     assert len({(c.attention.kind, c.attention.selector) for c in configs.values()}) == len(names)
 
 
