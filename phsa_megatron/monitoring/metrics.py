@@ -92,7 +92,8 @@ METRICS: dict[str, Metric] = {
             "nats",
             "mean over tokens, layers and key-value heads of all processes",
             "KL divergence of the block indexer from dense attention's mass of the candidate blocks, before "
-            "attention.indexer_coeff. Not in train/loss_nats; logged with attention.selector=indexer.",
+            "attention.indexer_coeff; a query without a choice counts as 0. Not in train/loss_nats; logged "
+            "with attention.selector=indexer.",
         ),
         Metric("optim/lr", "1", _LAST, "Learning rate used by the step."),
         Metric(

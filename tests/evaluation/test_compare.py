@@ -114,6 +114,7 @@ def test_the_cpu_demo_is_compared_at_toy_size_and_a_second_start_trains_nothing(
     }
     assert len({r["values"]["val/loss_nats"] for r in records}) == 4
     assert all(0 < r["values"]["attention/kept_mass_frac"] < 1 for r in records)
+    assert (tmp_path / "runs/toy/compare.png").read_bytes().startswith(b"\x89PNG")
     written = (tmp_path / "runs/toy/phsa-seed1/done").stat().st_mtime_ns
     assert phsa_train(*command) == table
     assert (tmp_path / "runs/toy/phsa-seed1/done").stat().st_mtime_ns == written

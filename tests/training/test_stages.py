@@ -255,6 +255,19 @@ def test_another_huggingface_model_is_refused_with_the_differing_fields(tmp_path
         stages.init_from(config, run.parts, run.checkpointer)
 
 
+def test_a_selectors_own_weights_are_no_part_of_a_huggingface_folder(tmp_path):
+    config = huggingface_config(tmp_path)
+    write_huggingface(tmp_path / "theirs", config)
+    for key, value in INDEXER.items():
+        setattr(config.attention, key, value)
+    with Run(config) as run:
+        before = weights(run.parts)
+        stages.init_from(config, run.parts, run.checkpointer)
+        after = weights(run.parts)
+    kept = {key for key in before if before[key] == after[key]}
+    assert kept == {key for key in before if ".core_attention." in key} and kept
+
+
 def test_missing_unknown_and_damaged_tensors_are_named(tmp_path):
     config = huggingface_config(tmp_path)
     tensors = write_huggingface(tmp_path / "theirs", config)
