@@ -5,7 +5,6 @@ import torch
 
 from phsa_megatron.attention.added_losses import ALIGN, INDEX, AddedLosses
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
-from phsa_megatron.attention.layer_input import LayerInput
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import (
@@ -131,46 +130,6 @@ def test_index_loss_and_its_gradients_are_those_of_block_masses_written_out(
         # The loss trains the indexer alone, and nothing else trains it.
         assert (without is None) == (".core_attention." in name), name
         assert one.abs().max() > 0, name
-
-
-def test_the_index_is_linear_in_the_layers_input_and_turned_by_rope(tiny_config, single_process_groups):
-    """Index queries at their token, mean keys at the first token of their block: head by head."""
-    config = tiny_config(**INDEXED, model__num_layers=1)
-    (model,) = build_model(config, single_process_groups)
-    core, d, m = model.decoder.layers[0].self_attention.core_attention.double(), 8, 4
-    hidden = torch.randn(S, B, 48, dtype=torch.float64, requires_grad=True)
-    angles = torch.outer(torch.arange(S), 10000.0 ** (-torch.arange(0, d, 2) / d)).double()
-    side = _side_info(config)
-    side.layer_input = LayerInput(hidden, torch.cat([angles, angles], 1)[:, None, None])
-    index = core._index(side)
-
-    def turned(x, position):
-        pairs = torch.complex(x[: d // 2], x[d // 2 :])
-        pairs = pairs * torch.polar(torch.ones_like(angles[position]), angles[position])
-        return torch.cat([pairs.real, pairs.imag])
-
-    flat = hidden.detach().transpose(0, 1).flatten(0, 1)
-    for token in (0, 6, 63, 64, 101):
-        for head in range(2):
-            for j in range(4):
-                rows = slice((head * 4 + j) * d, (head * 4 + j + 1) * d)
-                expected = turned(core.linear_query.weight[rows] @ flat[token], token % S)
-                torch.testing.assert_close(index.query[token, head, j], expected, rtol=1e-12, atol=1e-14)
-            weight = core.linear_weight.weight[head * 4 : (head + 1) * 4] @ flat[token]
-            torch.testing.assert_close(index.weight[token, head], weight, rtol=1e-12, atol=1e-14)
-    row = 0
-    for start, end in zip(BOUNDS[:-1], BOUNDS[1:], strict=True):
-        for b in range((end - start) // m):
-            first = start + b * m
-            for head in range(2):
-                mean = core.linear_key.weight[head * d : (head + 1) * d] @ flat[first : first + m].mean(0)
-                expected = turned(mean, first % S)
-                torch.testing.assert_close(index.key[row, head], expected, rtol=1e-12, atol=1e-14)
-            row += 1
-    assert row == 30 and index.key[row:].abs().sum() == 0
-    sums = sum(x.sum() for x in index)
-    (gradient,) = torch.autograd.grad(sums, hidden, allow_unused=True)
-    assert gradient is None
 
 
 @pytest.mark.parametrize("settings", [ALIGNED, INDEXED])
