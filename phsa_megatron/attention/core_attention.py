@@ -2,21 +2,24 @@
 
 Both stand where megatron's DotProductAttention stands: they receive queries and keys after RoPE, and read
 document boundaries from the SideInfo on `packed_seq_params`. Neither has parameters, so that a checkpoint
-is the same for both. With context parallelism they receive this process's part of each row and fetch the
-other processes' keys and values (`context_parallel.py`). Letters: S tokens of a row, CP context-parallel
-processes, b rows, T = b * S, Tq = T / CP own queries, Hq/Hkv heads of this tensor-parallel process, D head
-dim.
+is the same for both; selectors that have some are classes of their own (`nsa.py`, `indexer.py`). With context
+parallelism they receive this process's part of each row and fetch the other processes' keys and values
+(`context_parallel.py`). Letters: S tokens of a row, CP context-parallel processes, b rows, T = b * S,
+Tq = T / CP own queries, Hq/Hkv heads of this tensor-parallel process, D head dim.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 from phsa_kernels.api import attend, block_boundaries, select
+from phsa_megatron.attention.added_losses import ALIGN
 from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.dense_attention import Window, dense, dense_sharded
@@ -174,54 +177,64 @@ class PHSACoreAttention(_DocumentAttention):
     """
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
-        settings = self.attention
-        if self._is_dense(side_info):
-            if side_info.is_dense and side_info.recorder is not None:
-                self._selected(query, key, value, side_info)  # shows the recorder what it would choose
-            return dense(query, key, value, side_info, self.softmax_scale)
-        if settings.selector == Selector.dense_window:
+        in_list = self._in_dense_list()
+        losses = side_info.losses
+        aligns = losses is not None and losses.wants(ALIGN) and not in_list
+        if in_list or side_info.is_dense:
+            out = dense(query, key, value, side_info, self.softmax_scale)
+            # A recorder is shown what would be chosen.
+            if side_info.is_dense and (aligns or side_info.recorder is not None):
+                sparse = self._selected(query, key, value, side_info)
+                if aligns:
+                    out = self._aligned(out, out, sparse, side_info)
+            return out
+        if self.attention.selector == Selector.dense_window:
             return dense(query, key, value, side_info, self.softmax_scale, *self._sliding())
-        return self._selected(query, key, value, side_info)
+        out = self._selected(query, key, value, side_info)
+        if aligns:
+            full = dense(query, key, value, side_info, self.softmax_scale)
+            out = self._aligned(out, full, out, side_info)
+        return out
+
+    @staticmethod
+    def _aligned(out: Tensor, full: Tensor, sparse: Tensor, side_info: SideInfo) -> Tensor:
+        """Return `out` with SSA's alignment of both outputs [T, Hq, D] (arXiv 2511.20102): each to the other.
+
+        Smooth L1 of their difference, once with the gradient to either side alone.
+        """
+        losses = side_info.losses
+        assert losses is not None
+        f, s = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (full, sparse))
+        to_sparse = smooth_l1_loss(f, s.detach(), reduction="sum")
+        to_full = smooth_l1_loss(s, f.detach(), reduction="sum")
+        return losses.add(out, ALIGN, to_sparse + to_full)
 
     def _selected(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
-        settings = self.attention
         q_pos, q_doc = side_info.positions()
-        ids = choose_blocks(
-            query.detach(),
-            key.detach(),
-            q_pos,
-            q_doc,
-            side_info,
-            settings,
-            side_info.topk_of(self.layer_number),
-            self.softmax_scale,
-        )
+        ids = self._choose(query.detach(), key.detach(), q_pos, q_doc, side_info)
         return self._over(query, key, value, ids, q_pos, q_doc, side_info, None)
+
+    def _choose(
+        self, query: Tensor, keys: Tensor, q_pos: Tensor, q_doc: Tensor, side_info: SideInfo
+    ) -> Tensor:
+        """Return the chosen blocks of queries [Tq, Hq, D] among those of all keys [T, Hkv, D]."""
+        topk = side_info.topk_of(self.layer_number)
+        return choose_blocks(query, keys, q_pos, q_doc, side_info, self.attention, topk, self.softmax_scale)
 
     def _attend_sharded(
         self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
     ) -> Tensor:
         settings = self.attention
-        if self._is_dense(side_info):
+        if self._in_dense_list() or side_info.is_dense:
             return dense_sharded(query, key, value, side_info, shard, self.softmax_scale)
         if settings.selector == Selector.dense_window:
             return dense_sharded(query, key, value, side_info, shard, self.softmax_scale, *self._sliding())
         tokens = shard.tokens(side_info)
         q_pos, q_doc = side_info.once("context_q", lambda: tuple(x[tokens] for x in side_info.positions()))
-        topk = side_info.topk_of(self.layer_number)
         if not pools_where_keys_are(settings.selector):  # this selector reads all keys: it waits for them
             gathering = shard.start_keys_and_values(key, value)
             keys, values, _ = shard.keys_and_values(key, value, gathering, None, side_info)
-            ids = choose_blocks(
-                query.detach(),
-                keys.detach(),
-                q_pos,
-                q_doc,
-                side_info,
-                settings,
-                topk,
-                self.softmax_scale,
-            )
+            ids = self._choose(query.detach(), keys.detach(), q_pos, q_doc, side_info)
             return self._over(query, keys, values, ids, q_pos, q_doc, side_info, tokens)
         pooled = shard.gather_pooled(key.detach(), side_info, settings)
         # Only after the small gather: collectives of one group run one after the other.
@@ -232,7 +245,7 @@ class PHSACoreAttention(_DocumentAttention):
             q_pos,
             q_doc,
             block_boundaries(side_info.cu_seqlens, settings.block_tokens),
-            topk=topk,
+            topk=side_info.topk_of(self.layer_number),
             group_score=settings.group_score.value,
             **self._windows(),
         )
@@ -284,9 +297,8 @@ class PHSACoreAttention(_DocumentAttention):
         settings = self.attention
         return Window(settings.init_tokens, settings.local_tokens), settings.dense_len_tokens
 
-    def _is_dense(self, side_info: SideInfo) -> bool:
-        in_list = self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
-        return in_list or side_info.is_dense
+    def _in_dense_list(self) -> bool:
+        return self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
 
 
 class DenseCoreAttention(_DocumentAttention):

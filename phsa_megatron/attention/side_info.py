@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,6 +27,9 @@ from phsa_megatron.attention.controls import branch_flags
 from phsa_megatron.attention.pool_weights import pool_weights
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.schema import AttentionConfig
+
+if TYPE_CHECKING:
+    from phsa_megatron.attention.added_losses import AddedLosses
 
 _T = TypeVar("_T")
 
@@ -83,6 +86,10 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """Every layer computes full causal attention in this pass."""
     recorder: SelectionListener | None = None
     """Collects selection statistics in evaluation; None in training."""
+    losses: AddedLosses | None = None
+    """Collects the losses that layers add to the cross-entropy in training; None where there are none."""
+    layer_input: Any = None
+    """A `layer_input.LayerInput`: that of the layer which reads this, where its selector needs it."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -96,6 +103,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         recorder: SelectionListener | None = None,
         layer_topk: tuple[int, ...] = (),
         is_dense: bool = False,
+        losses: AddedLosses | None = None,
     ) -> SideInfo:
         """Return the side information of one micro-batch. Every pipeline stage builds its own.
 
@@ -108,6 +116,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             recorder: receives every PHSA layer's selection, or None.
             layer_topk: k of each layer of the main stack, if they differ.
             is_dense: full causal attention in every layer.
+            losses: collects added losses, or None.
 
         Raises:
             ValueError: a shape or dtype is wrong.
@@ -137,6 +146,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             layer_topk=layer_topk,
             is_dense=is_dense,
             recorder=recorder,
+            losses=losses,
         )
 
     def topk_of(self, layer_number: int) -> int:
@@ -170,7 +180,9 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         """
         if depth == 0:
             return self
-        return self.once(("depth", depth), lambda: self._shifted(depth))
+        shifted = self.once(("depth", depth), lambda: self._shifted(depth))
+        # Shared by all calls, unlike the input of a layer, which belongs to one.
+        return shifted if self.layer_input is None else replace(shifted, layer_input=self.layer_input)
 
     def _shifted(self, depth: int) -> SideInfo:
         position, document = self.positions()
@@ -188,6 +200,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             pool_weights=_weights(flags, ids, self.cu_seqlens, self.attention),
             layer_topk=(),
             recorder=None,
+            layer_input=None,
             _memo={},
         )
 

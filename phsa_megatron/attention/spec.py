@@ -8,10 +8,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
+from phsa_megatron.attention.indexer import IndexerCoreAttention
+from phsa_megatron.attention.layer_input import SelfAttentionWithInput
+from phsa_megatron.attention.nsa import NSACoreAttention
 from phsa_megatron.config.errors import ConfigError
-from phsa_megatron.config.schema import AttentionKind, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Selector, TrainConfig
+from phsa_megatron.config.selector_kinds import learned_selector
 
 _CORE_ATTENTION = {AttentionKind.phsa: PHSACoreAttention, AttentionKind.dense: DenseCoreAttention}
+_LEARNED = {Selector.nsa: NSACoreAttention, Selector.indexer: IndexerCoreAttention}
 
 
 def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
@@ -36,8 +41,17 @@ def layer_spec(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
         normalization="RMSNorm",
         qk_layernorm=config.model.qk_norm,
     )
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=_CORE_ATTENTION[config.attention.kind],
-        params={"attention": config.attention, "parallel": config.parallel, "mtp_depth": mtp_depth},
-    )
+    params: dict[str, Any] = {
+        "attention": config.attention,
+        "parallel": config.parallel,
+        "mtp_depth": mtp_depth,
+    }
+    core: type = _CORE_ATTENTION[config.attention.kind]
+    learned = learned_selector(config.attention)
+    if learned is not None:
+        core, params["seed"] = _LEARNED[learned], config.run.seed
+    if learned is not None:
+        spec.submodules.self_attention.module = SelfAttentionWithInput
+    heads = spec.submodules.self_attention.submodules
+    heads.core_attention = ModuleSpec(module=core, params=params)
     return spec

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from phsa_megatron.config.learned_rules import LEARNED_RULES
 from phsa_megatron.config.rule_messages import Rule, broken
 from phsa_megatron.config.schema import (
     AttentionKind,
@@ -133,7 +134,7 @@ def _selector_group_score(config: TrainConfig) -> Iterator[str]:
 
 def _selector_blocks(config: TrainConfig) -> Iterator[str]:
     attention = config.attention
-    unit = {Selector.infllm_v2: 16, Selector.halves: 2}.get(attention.selector, 1)
+    unit = {Selector.infllm_v2: 16, Selector.nsa: 16, Selector.halves: 2}.get(attention.selector, 1)
     if attention.block_tokens % unit:
         yield broken(
             "attention.block_tokens",
@@ -303,5 +304,6 @@ ATTENTION_RULES: tuple[Rule, ...] = (
     _topk_schedule_of_what,
     _topk_of_triton,
     _information,
+    *LEARNED_RULES,
 )
 """All rules of the attention, in the order of their messages."""

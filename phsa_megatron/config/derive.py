@@ -102,7 +102,7 @@ def derive(config: TrainConfig) -> Derived:
     padded_vocab = flops.padded_vocab_size(model, config.parallel.tensor_size)
     micro_batches = micro_batches_per_step(config)
     length = config.data.seq_len_tokens
-    parameters = flops.count_parameters(model, padded_vocab)
+    parameters = flops.count_parameters(model, padded_vocab, attention)
     dense = flops.train_flops_per_sequence(length, model, parameters, None)
     selected = flops.train_flops_per_sequence(length, model, parameters, attention)
     sequences = config.run.train_steps * optim.global_batch_sequences

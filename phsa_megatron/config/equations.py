@@ -143,6 +143,8 @@ def _sparsity(config: TrainConfig, derived: Derived) -> list[str]:
     attended = f"init {attention.init_tokens} + local {attention.local_tokens}"
     if selects:
         attended += f" + {attention.train_topk} x {attention.block_tokens}"
+    if attention.nsa_window_tokens is not None:
+        attended += f", or in the window of {attention.nsa_window_tokens}"
     lines = [
         f"selector = {attention.selector}",
         f"sparsity at the last token = 1 - at most ({attended}) / {length:,} tokens = "
@@ -159,6 +161,9 @@ def _sparsity(config: TrainConfig, derived: Derived) -> list[str]:
 
 
 def _schedule(attention: AttentionConfig) -> str:
+    full = ""
+    if attention.align_coeff:
+        full = f"; full attention in a share of {attention.align_full_frac:g} of the steps, drawn per step"
     first = f"dense for {attention.topk_dense_steps:,} steps, then " if attention.topk_dense_steps else ""
     choices = ", ".join(map(str, attention.topk_choices))
     kinds = {
@@ -168,7 +173,7 @@ def _schedule(attention: AttentionConfig) -> str:
         TopkSchedule.random_step: f"one of {choices} drawn per step",
         TopkSchedule.random_layer: f"one of {choices} drawn per step and layer",
     }
-    return first + kinds[attention.topk_schedule]
+    return first + kinds[attention.topk_schedule] + full
 
 
 def _memory(config: TrainConfig, derived: Derived) -> list[str]:

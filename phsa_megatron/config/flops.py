@@ -10,8 +10,14 @@ backward pass (method, section 3). Recomputation is not counted: it is not usefu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from phsa_megatron.config.learned_weights import (
+    compression_flops,
+    index_flops,
+    learned_product_weights,
+    learned_weights,
+)
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, GroupScore, ModelConfig, Selector
 from phsa_megatron.config.selector_kinds import selects_blocks
 
@@ -62,21 +68,29 @@ def expert_weights(model: ModelConfig) -> int:
     return 3 * model.hidden_size * model.ffn_hidden_size
 
 
-def count_parameters(model: ModelConfig, padded_vocab: int) -> ParameterCount:
-    """Return the exact parameter counts of the Qwen3 shape: RMSNorm weights, no biases."""
+def count_parameters(
+    model: ModelConfig, padded_vocab: int, attention: AttentionConfig | None = None
+) -> ParameterCount:
+    """Return the exact parameter counts of the Qwen3 shape: RMSNorm weights, no biases.
+
+    Args:
+        model: the shape.
+        padded_vocab: rows of the embedding.
+        attention: whose selector may have weights of its own; None has none.
+    """
     hidden = model.hidden_size
     norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
     idle_experts = max(0, model.num_experts - model.expert_topk)
     per_layer = layer_product_weights(model) + idle_experts * expert_weights(model) + norms
+    per_layer += learned_weights(model, attention)
     embedding = padded_vocab * hidden
     output_layer = 0 if model.tie_embeddings else embedding
     # A depth joins embedding and hidden state (2h to h), each under its own norm, and ends in a norm.
     mtp = model.mtp_num_layers * (2 * hidden * hidden + 3 * hidden + per_layer)
     non_embedding = model.num_layers * per_layer + hidden + mtp
-    products = model.num_layers * layer_product_weights(model) + padded_vocab * hidden
-    products += model.mtp_num_layers * (
-        2 * hidden * hidden + layer_product_weights(model) + padded_vocab * hidden
-    )
+    layer_products = layer_product_weights(model) + learned_product_weights(model, attention)
+    products = model.num_layers * layer_products + padded_vocab * hidden
+    products += model.mtp_num_layers * (2 * hidden * hidden + layer_products + padded_vocab * hidden)
     return ParameterCount(
         embedding=embedding,
         output_layer=output_layer,
@@ -97,7 +111,8 @@ def attended_tokens(position: int, attention: AttentionConfig, topk: int) -> int
     """Return how many tokens the query at a position attends to, itself included.
 
     Init and local are whole blocks clipped to the position; each token counts once; with fewer candidates
-    than k, all of them are chosen.
+    than k, all of them are chosen. For NSA these are the tokens of the selected branch and of the sliding
+    window together, at most: chosen blocks may lie in the window. Compressed windows are no tokens.
     """
     if attention.selector == Selector.dense_window:
         return min(position + 1, attention.init_tokens + attention.local_tokens)
@@ -108,7 +123,12 @@ def attended_tokens(position: int, attention: AttentionConfig, topk: int) -> int
     local = position - local_start * m + 1
     init = min(num_init, local_start) * m
     candidates = max(0, local_start - num_init)
-    return init + local + min(topk, candidates) * m
+    chosen = min(topk, candidates) * m
+    near = 0
+    if attention.nsa_window_tokens is not None:
+        # What the sliding window adds before the local blocks and behind the init tokens.
+        near = max(0, local_start * m - max(position + 1 - attention.nsa_window_tokens, init))
+    return min(position + 1, init + local + chosen + near)
 
 
 def selected_pairs(num_tokens: int, attention: AttentionConfig, topk: int) -> int:
@@ -118,6 +138,8 @@ def selected_pairs(num_tokens: int, attention: AttentionConfig, topk: int) -> in
     if attention.selector == Selector.dense_window:
         inside = min(num_tokens, attention.init_tokens + attention.local_tokens)
         return causal_pairs(inside) + (num_tokens - inside) * inside
+    if attention.nsa_window_tokens is not None:
+        return sum(attended_tokens(i, attention, topk) for i in range(num_tokens))
     m, total = attention.block_tokens, 0
     for block_start in range(0, num_tokens, m):
         # Inside a block only the local part grows, by one token a query.
@@ -130,11 +152,12 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
     """Return the (query, block) pairs that selection must score over one document.
 
     softmax_sum scores every block before the current one, windows included, because its normalizer runs over
-    them; raw_sum and MoBA need only the candidates. InfLLM-V2 scores the pooling windows that have ended.
+    them; raw_sum, MoBA and the indexer need only the candidates. InfLLM-V2 and NSA score the windows that
+    have ended.
     """
     if is_dense(num_tokens, attention) or not selects_blocks(attention):
         return 0
-    if attention.selector == Selector.infllm_v2:
+    if attention.selector in (Selector.infllm_v2, Selector.nsa):
         kinds = ((32, 16), (128, 64)) if attention.coarse_lse else ((32, 16),)
         return sum(
             max(0, (i + 1 - length) // stride + 1)
@@ -143,9 +166,10 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
         )
     m, total = attention.block_tokens, 0
     num_init = attention.init_tokens // m
+    only_candidates = (Selector.moba, Selector.indexer)
     for block_start in range(0, num_tokens, m):
         queries = min(m, num_tokens - block_start)
-        if attention.group_score == GroupScore.softmax_sum and attention.selector != Selector.moba:
+        if attention.group_score == GroupScore.softmax_sum and attention.selector not in only_candidates:
             blocks = block_start // m
         else:
             blocks = max(0, _local_start(block_start, attention) - num_init)
@@ -154,14 +178,22 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
 
 
 def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
-    """Return the forward FLOPs of pooling and scoring of one layer over one document."""
+    """Return the forward FLOPs of pooling and scoring of one layer over one document.
+
+    NSA's scores are those of its compressed branch, and count as attention. The indexer's loss and its
+    target, scores of dense attention, are left out.
+    """
     if is_dense(num_tokens, attention) or not selects_blocks(attention):
+        return 0
+    if attention.selector == Selector.nsa:
         return 0
     complete_blocks = num_tokens // attention.block_tokens
     # Bounds are found by comparing; variances are a second sum; windows of 32 tokens overlap twice.
     sums = {Selector.minmax: 0, Selector.cumulant: 2, Selector.infllm_v2: 4 if attention.coarse_lse else 2}
     pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
     pooling *= sums.get(attention.selector, 1)
+    if attention.selector == Selector.indexer:
+        return pooling + index_flops(scored_pairs(num_tokens, attention), model, attention)
     vectors = 2 if attention.selector in (Selector.minmax, Selector.cumulant, Selector.halves) else 1
     # raw_sum is linear: the group's queries are summed first and scored once (method, section 3).
     per_pair = (
@@ -193,8 +225,23 @@ def train_flops_per_sequence(
     pairs = selected_pairs(num_tokens, attention, attention.train_topk)
     dense_layers = len(attention.dense_layers)
     pairs = (layers - dense_layers) * pairs + dense_layers * causal_pairs(num_tokens)
+    if attention.align_coeff:  # full attention, to align with
+        pairs += (layers - dense_layers) * causal_pairs(num_tokens)
     selection = (layers - dense_layers) * selection_flops(num_tokens, model, attention)
+    if attention.selector == Selector.nsa:
+        return 3 * (linear + layers * _nsa_flops(num_tokens, model, attention))
     return 3 * (linear + attention_flops(pairs, model)) + selection
+
+
+def _nsa_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
+    """Return the forward FLOPs of NSA's three branches in one layer over one document, each by itself."""
+    selected = replace(attention, nsa_window_tokens=None)
+    window = replace(
+        selected, selector=Selector.dense_window, init_tokens=0, local_tokens=attention.nsa_window_tokens or 0
+    )
+    pairs = selected_pairs(num_tokens, selected, attention.train_topk)
+    pairs += selected_pairs(num_tokens, window, 0) + scored_pairs(num_tokens, attention)
+    return attention_flops(pairs, model) + compression_flops(num_tokens, model)
 
 
 def last_token_sparsity_frac(num_tokens: int, attention: AttentionConfig, topk: int) -> float:

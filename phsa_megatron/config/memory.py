@@ -18,6 +18,7 @@ from phsa_megatron.config.activations import (
     residual_width,
 )
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
+from phsa_megatron.config.learned_weights import learned_weights
 from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, TrainConfig
 
 _GIB = 1 << 30
@@ -89,7 +90,8 @@ def stage_parameters(config: TrainConfig, parameters: ParameterCount, padded_voc
     model, parallel = config.model, config.parallel
     # An expert is whole in one process; the others of its expert-parallel group hold other experts.
     experts = model.num_experts * expert_weights(model)
-    products = layer_product_weights(model)
+    # A selector's weights are cut by key-value head.
+    products = layer_product_weights(model) + learned_weights(model, config.attention)
     if model.num_experts:
         products -= model.expert_topk * expert_weights(model)
     whole = parameters.per_layer - products - experts

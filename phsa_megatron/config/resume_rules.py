@@ -10,7 +10,8 @@ from typing import Any
 
 from phsa_megatron.config import keys
 from phsa_megatron.config.errors import ConfigError
-from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.schema import Selector, TrainConfig
+from phsa_megatron.config.selector_kinds import learned_selector
 from phsa_megatron.config.yaml_file import leaves
 
 
@@ -102,6 +103,11 @@ RULES: dict[str, ResumeRule] = {
     "attention.topk_start": _ATTENTION,
     "attention.topk_anneal_steps": _ATTENTION,
     "attention.topk_choices": _ATTENTION,
+    "attention.nsa_window_tokens": _ATTENTION,
+    "attention.indexer_heads": _ATTENTION,
+    "attention.indexer_coeff": _HERE,
+    "attention.align_coeff": _HERE,
+    "attention.align_full_frac": _HERE,
     "data.name": _LABEL,
     "data.seq_len_tokens": _ORDER,
     "data.tokenizer_file": _TOKENS,
@@ -282,7 +288,10 @@ def check_new_stage(parent: TrainConfig, new: TrainConfig) -> None:
         ConfigError: naming the settings that give the weights another shape.
     """
     before, after = (dict(leaves(asdict(config))) for config in (parent, new))
-    wrong = [f"  {key}: {before[key]} -> {after[key]}" for key in SHAPE_KEYS if before[key] != after[key]]
+    shapes = list(SHAPE_KEYS)
+    if learned_selector(parent.attention) == learned_selector(new.attention) == Selector.indexer:
+        shapes.append("attention.indexer_heads")
+    wrong = [f"  {key}: {before[key]} -> {after[key]}" for key in shapes if before[key] != after[key]]
     if wrong:
         raise ConfigError(
             f"run.init_from={new.run.init_from}: its weights have another shape:\n"

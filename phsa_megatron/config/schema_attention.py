@@ -35,6 +35,8 @@ class Selector(StrEnum):
     halves = "halves"
     infllm_v2 = "infllm_v2"
     moba = "moba"
+    nsa = "nsa"
+    indexer = "indexer"
     window = "window"
     dense_window = "dense_window"
 
@@ -116,3 +118,13 @@ class AttentionConfig:
     """anneal: steps until k is train_topk; k falls by equal factors."""
     topk_choices: list[int] = field(default_factory=list)
     """random_step, random_layer: the values of k, all equally likely; one is drawn per step, or per layer."""
+    nsa_window_tokens: int | None = None
+    """selector=nsa: tokens of the sliding-window branch; init and local are those of the selected branch."""
+    indexer_heads: int = 4
+    """selector=indexer: index heads of each key-value head; an index head is as wide as the model's."""
+    indexer_coeff: float = 1.0
+    """selector=indexer: weight of its distillation loss; the loss trains nothing but the indexer."""
+    align_coeff: float = 0.0
+    """Weight of SSA's alignment of sparse and full attention outputs; 0 is off, the paper has 10."""
+    align_full_frac: float = 0.5
+    """align_coeff > 0: share of the training steps whose layers pass on full attention's output."""

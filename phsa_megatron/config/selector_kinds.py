@@ -20,14 +20,25 @@ ONE_POOLED_KEY = frozenset(
 WITHOUT_SELECTION = frozenset({Selector.window, Selector.dense_window})
 """Selectors that choose no block; k means nothing to them."""
 
+WITH_PARAMETERS = frozenset({Selector.nsa, Selector.indexer})
+"""Selectors with weights of their own, in the core attention of every layer."""
+
 EAGER_ONLY = frozenset(Selector) - ONE_POOLED_KEY - WITHOUT_SELECTION
 """Selectors that only impl=reference has."""
 
-WITHOUT_SECOND_BRANCH = WITHOUT_SELECTION | {Selector.mean_pool, Selector.infllm_v2, Selector.moba}
+WITHOUT_SECOND_BRANCH = (
+    WITHOUT_SELECTION | WITH_PARAMETERS | {Selector.mean_pool, Selector.infllm_v2, Selector.moba}
+)
 """Selectors that know the plain mean only: lambda must be 1, so that nobody believes in a second branch."""
 
-OWN_GROUP_SCORE = WITHOUT_SELECTION | {Selector.infllm_v2, Selector.moba}
+OWN_GROUP_SCORE = WITHOUT_SELECTION | WITH_PARAMETERS | {Selector.infllm_v2, Selector.moba}
 """Selectors whose method says how heads share a selection."""
+
+
+def learned_selector(attention: AttentionConfig) -> Selector | None:
+    """Return the selector if it has weights of its own."""
+    learned = attention.kind == AttentionKind.phsa and attention.selector in WITH_PARAMETERS
+    return attention.selector if learned else None
 
 
 def selects_blocks(attention: AttentionConfig) -> bool:

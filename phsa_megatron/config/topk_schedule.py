@@ -36,7 +36,8 @@ class StepTopk:
 
 def changes_over_steps(attention: AttentionConfig) -> bool:
     """Return whether k is not the same in all steps."""
-    return attention.topk_schedule != TopkSchedule.constant or attention.topk_dense_steps > 0
+    scheduled = attention.topk_schedule != TopkSchedule.constant or attention.topk_dense_steps > 0
+    return scheduled or attention.align_coeff > 0
 
 
 def step_topk(config: TrainConfig, step: int) -> StepTopk:
@@ -44,10 +45,11 @@ def step_topk(config: TrainConfig, step: int) -> StepTopk:
 
     anneal: k falls by equal factors from topk_start in the first step to train_topk after topk_anneal_steps,
     rounded to whole blocks. random_step and random_layer draw from topk_choices; the draw depends on the
-    seed of the run, the step and (random_layer) the layer.
+    seed of the run, the step and (random_layer) the layer. With align_coeff a share of the steps passes on
+    full attention's output instead; it is drawn likewise.
     """
     attention, seed = config.attention, config.run.seed
-    if step <= attention.topk_dense_steps:
+    if step <= attention.topk_dense_steps or _is_full(attention, f"{seed}/{step}"):
         return StepTopk(attention.train_topk, is_dense=True)
     if attention.topk_schedule == TopkSchedule.anneal:
         return StepTopk(_annealed(attention, step - attention.topk_dense_steps))
@@ -58,6 +60,12 @@ def step_topk(config: TrainConfig, step: int) -> StepTopk:
         by_layer = tuple(_drawn(attention, f"{seed}/{step}/{layer}") for layer in layers)
         return StepTopk(max(by_layer), by_layer)
     return StepTopk(attention.train_topk)
+
+
+def _is_full(attention: AttentionConfig, name: str) -> bool:
+    if not attention.align_coeff:
+        return False
+    return random.Random(f"full/{name}").random() < attention.align_full_frac
 
 
 def _annealed(attention: AttentionConfig, step: int) -> int:

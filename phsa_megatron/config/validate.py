@@ -128,12 +128,25 @@ def _device_and_impl(config: TrainConfig) -> Iterator[str]:
 
 def _schedule_lengths(config: TrainConfig) -> Iterator[str]:
     optim, steps = config.optim, config.run.train_steps
-    if optim.warmup_steps + optim.decay_steps > steps:
+    # A warm-up that fills the run by itself is the next rule's.
+    if optim.warmup_steps < steps < optim.warmup_steps + optim.decay_steps:
         yield broken(
             "optim.warmup_steps",
             optim.warmup_steps,
             f"warm-up and optim.decay_steps={optim.decay_steps} fit into run.train_steps={steps}",
             "shorten one of them, or train for more steps",
+        )
+
+
+def _warmup(config: TrainConfig) -> Iterator[str]:
+    warmup, steps = config.optim.warmup_steps, config.run.train_steps
+    if warmup >= steps:
+        # megatron's schedule refuses it too, but by an assertion, after processes have started.
+        yield broken(
+            "optim.warmup_steps",
+            warmup,
+            f"the warm-up ends before the last of run.train_steps={steps} steps",
+            f"use at most {steps - 1}, or train for more steps",
         )
 
 
@@ -167,6 +180,7 @@ RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
     _device_and_impl,
     _schedule_lengths,
+    _warmup,
     _cosine,
     _learning_rates,
     watchdog_timeouts,

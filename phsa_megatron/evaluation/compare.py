@@ -158,6 +158,8 @@ def _equal_settings(name: str, base: TrainConfig, overrides: list[str]) -> list[
     given = {override.partition("=")[0] for override in overrides}
     keys = [key for key in keys if f"attention.{key}" not in given]
     values = {key: getattr(base.attention, key) for key in keys}
+    if own.selector == Selector.nsa and "attention.nsa_window_tokens" not in given:
+        values["nsa_window_tokens"] = base.attention.local_tokens
     return [f"attention.{key}={'null' if value is None else value}" for key, value in values.items()]
 
 

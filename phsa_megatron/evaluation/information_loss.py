@@ -31,6 +31,7 @@ from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, Selector, TrainConfig
 from phsa_megatron.config.selector_kinds import (
+    WITH_PARAMETERS,
     WITHOUT_SECOND_BRANCH,
     WITHOUT_SELECTION,
     inference_topk,
@@ -125,9 +126,20 @@ def measure(
 
 
 def swapped(own: AttentionConfig, selector: Selector) -> AttentionConfig:
-    """Return the run's settings with another selector; one without a second branch has lambda 1."""
+    """Return the run's settings with another selector; one without a second branch has lambda 1.
+
+    Raises:
+        ConfigError: the checkpoint has no weights for the selector, or the layers are NSA's.
+    """
     if selector == own.selector:
         return own
+    nsa = own.selector == Selector.nsa
+    if selector in WITH_PARAMETERS or nsa:
+        why = "which is more than a choice of blocks" if nsa else "and has none of its weights"
+        raise ConfigError(
+            f"--selectors {selector}: this run was trained with attention.selector={own.selector}, {why}; "
+            f"measure --selectors {own.selector}"
+        )
     lam = 1.0 if selector in WITHOUT_SECOND_BRANCH else own.mean_weight_frac
     return dataclasses.replace(own, selector=selector, mean_weight_frac=lam, dense_layers=[])
 

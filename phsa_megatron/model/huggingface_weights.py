@@ -27,6 +27,7 @@ from torch import Tensor
 from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.huggingface import check_same_model
 from phsa_megatron.config.schema import ModelConfig, TrainConfig
+from phsa_megatron.model import selector_weights
 
 _SIMPLE = {
     "self_attention.linear_proj": "self_attn.o_proj",
@@ -72,6 +73,8 @@ def fill_from_huggingface(
     with torch.no_grad():
         for module in modules:
             for name, parameter in module.named_parameters():
+                if selector_weights.PLACE in name:
+                    continue  # a selector's own weights start fresh
                 _fill(parameter, name, global_layer(module, name), tensors, share)
 
 

@@ -80,6 +80,21 @@ METRICS: dict[str, Metric] = {
             "progress/eta_s", "s", _WINDOW, "Time left at the current speed, without evaluations and saves."
         ),
         Metric("train/loss_nats", "nats/token", _TOKEN_MEAN, "Next-token cross-entropy of the step's batch."),
+        Metric(
+            "train/align_loss",
+            "1",
+            "mean over tokens, layers and features of all processes",
+            "SSA's alignment of sparse and full attention outputs, before attention.align_coeff: twice their "
+            "smooth L1, once for each direction. Not in train/loss_nats; logged where it is trained.",
+        ),
+        Metric(
+            "train/index_kl_nats",
+            "nats",
+            "mean over tokens, layers and key-value heads of all processes",
+            "KL divergence of the block indexer from dense attention's mass of the candidate blocks, before "
+            "attention.indexer_coeff; a query without a choice counts as 0. Not in train/loss_nats; logged "
+            "with attention.selector=indexer.",
+        ),
         Metric("optim/lr", "1", _LAST, "Learning rate used by the step."),
         Metric(
             "optim/grad_norm",

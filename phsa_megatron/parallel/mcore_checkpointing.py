@@ -70,13 +70,16 @@ def _major_minor(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def chunk_names(chunks: Sequence[Any]) -> list[str]:
+    """Names of a process's model chunks in a checkpoint."""
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
 def model_state(chunks: Sequence[Any], groups: Groups) -> ShardedStateDict:
     """Sharded weights of this process's model chunks, without wrappers around them."""
     metadata = _metadata(groups)
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
-    }
+    pairs = zip(chunk_names(chunks), chunks, strict=True)
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in pairs}
 
 
 def optimizer_state(optimizer: Any, weights: ShardedStateDict, groups: Groups, *, loading: bool) -> Any:

@@ -8,7 +8,7 @@ A checkpoint folder RUN/checkpoints/step_00000120/ holds `shards/` (megatron's f
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from phsa_megatron.config import compose, resume_rules
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
-from phsa_megatron.data.order import describe_mismatch
+from phsa_megatron.model import selector_weights
 from phsa_megatron.parallel import mcore_checkpointing as shards
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import agreement
 from phsa_megatron.training import checkpoint_files as files
 from phsa_megatron.training.commit import CheckpointStore, Marker, read_marker, seal, verify
 from phsa_megatron.training.local_copy import LocalCopies
-from phsa_megatron.training.state import TrainState
+from phsa_megatron.training.state import TrainState, check_data_order
 
 if TYPE_CHECKING:
     from phsa_megatron.training.optimizer import Parts
@@ -211,7 +211,13 @@ class Checkpointer:
             raise CheckpointError(f"{folder} could not be written: {failure}")
 
     def load_from(
-        self, folder: Path, parts: Parts, *, weights_only: bool = False, copy: Path | None = None
+        self,
+        folder: Path,
+        parts: Parts,
+        *,
+        weights_only: bool = False,
+        fresh_selector: bool = False,
+        copy: Path | None = None,
     ) -> TrainState:
         """Fill model, and unless `weights_only` optimizer, schedule and random generators, from a folder.
 
@@ -219,6 +225,7 @@ class Checkpointer:
             folder: a committed checkpoint.
             parts: filled in place.
             weights_only: only the model's weights; the optimizer's fp32 copies follow them.
+            fresh_selector: with `weights_only`, leave a selector's own weights as they are.
             copy: a copy of the folder to read the shards from.
 
         Returns:
@@ -231,11 +238,11 @@ class Checkpointer:
         if not weights_only:
             self._check_optimizer_layout(marker, folder)
         weights = self._sharded(parts, loading=True, weights_only=weights_only)
+        weights = selector_weights.leave_out(weights) if fresh_selector else weights
         loaded = shards.read(weights, (copy or folder) / files.SHARDS_NAME)
         with torch.no_grad():
-            names = ["model"] if len(parts.modules) == 1 else [f"model{i}" for i in range(len(parts.modules))]
-            for name, module in zip(names, parts.modules, strict=True):
-                module.load_state_dict(loaded[name], strict=True)
+            for name, module in zip(shards.chunk_names(parts.modules), parts.modules, strict=True):
+                selector_weights.fill(module, loaded[name], fresh=fresh_selector)
             if weights_only:
                 parts.optimizer.reload_model_params()
             else:
@@ -382,17 +389,5 @@ class Checkpointer:
             self._notify(kind, text, **fields)
 
 
-def check_data_order(saved: TrainState, current: Mapping[str, Any]) -> None:
-    """Refuse to continue on another data order than the one the checkpoint counts its position in.
-
-    Raises:
-        CheckpointError: it says what changed and what would happen.
-    """
-    mismatch = describe_mismatch(saved.data_fingerprint, current)
-    if mismatch is not None:
-        raise CheckpointError(mismatch)
-
-
 def _free_bytes(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(folder).free

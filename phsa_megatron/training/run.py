@@ -151,6 +151,7 @@ class Meter:
         overflow = torch.tensor(mine, dtype=torch.int64, device=run.groups.device)
         values = {
             "train/loss_nats": result.loss_nats,
+            **result.added,
             "optim/lr": result.lr,
             "optim/grad_norm": result.grad_norm,
             "optim/num_zeros": result.num_zeros,

@@ -1,7 +1,8 @@
 """The start of a new stage: another run's weights, or those of a Hugging Face folder, and nothing else.
 
-Optimizer, schedule, counters and data order begin anew, so sequence length, mixture and attention may change
-(attention has no parameters: dense to PHSA and back is free). RUN/lineage.json says where they came from.
+Optimizer, schedule, counters and data order begin anew, so sequence length, mixture and attention may change:
+attention has no parameters, so that dense to PHSA and back is free, and a selector that has some starts with
+fresh ones where the source has none. RUN/lineage.json says where they came from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from phsa_megatron.config import compose, lineage, resume_rules
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.model import selector_weights
 from phsa_megatron.model.huggingface_weights import fill_from_huggingface
 from phsa_megatron.training import agreement
 from phsa_megatron.training.checkpoint import Checkpointer
@@ -66,8 +68,10 @@ def _load_run(
         raise CheckpointError(f"run.init_from={source.path}: this run has no committed checkpoint")
     checkpoint = store.path(step)
     settings = checkpoint / CONFIG_NAME
-    resume_rules.check_new_stage(compose.load(settings), config)
-    checkpointer.load_from(checkpoint, parts, weights_only=True)
+    parent = compose.load(settings)
+    resume_rules.check_new_stage(parent, config)
+    fresh = selector_weights.start_fresh(parent, config)
+    checkpointer.load_from(checkpoint, parts, weights_only=True, fresh_selector=fresh)
     return dataclasses.replace(
         source,
         step=step,

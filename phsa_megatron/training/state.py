@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import pickle
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from phsa_megatron.config.errors import CheckpointError
+from phsa_megatron.data.order import describe_mismatch
 
 FORMAT_VERSION = 1
 
@@ -112,3 +114,14 @@ def rng_digest(rng: dict[str, Any]) -> str:
     digest.update(pickle.dumps((numpy_state["pos"], rng["numpy"]["has_gauss"], rng["numpy"]["gauss"])))
     digest.update(pickle.dumps(rng["python"]))
     return digest.hexdigest()
+
+
+def check_data_order(saved: TrainState, current: Mapping[str, Any]) -> None:
+    """Refuse to continue on another data order than the one the checkpoint counts its position in.
+
+    Raises:
+        CheckpointError: it says what changed and what would happen.
+    """
+    mismatch = describe_mismatch(saved.data_fingerprint, current)
+    if mismatch is not None:
+        raise CheckpointError(mismatch)

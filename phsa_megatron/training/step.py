@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from phsa_megatron.attention.added_losses import AddedLosses
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SelectionListener, SideInfo
 from phsa_megatron.config.errors import TrainingError
@@ -42,6 +43,8 @@ class StepResult:
     """Learning rate of the update."""
     num_tokens: int
     """Tokens with a loss in the global batch."""
+    added: dict[str, float] = field(default_factory=dict)
+    """Losses that layers added, by their names in the metrics table, before their weights."""
 
 
 class NonFiniteStepError(TrainingError):
@@ -114,6 +117,7 @@ class ForwardStep:
         progress: told when a micro-batch goes forward and when it turns back.
         layer_topk: selected blocks per query of each layer, if they differ.
         is_dense: full causal attention in every layer.
+        losses: collects the losses that layers add, in training.
     """
 
     config: TrainConfig
@@ -125,6 +129,7 @@ class ForwardStep:
     progress: Progress | None = None
     layer_topk: tuple[int, ...] = ()
     is_dense: bool = False
+    losses: AddedLosses | None = None
 
     @classmethod
     def of_step(
@@ -141,7 +146,16 @@ class ForwardStep:
         """Returns the forward pass of a step of training, with what its schedule selects."""
         chosen = step_topk(config, step)
         return cls(
-            config, table, chosen.topk, groups, recorder, poisoned, progress, chosen.by_layer, chosen.is_dense
+            config,
+            table,
+            chosen.topk,
+            groups,
+            recorder,
+            poisoned,
+            progress,
+            chosen.by_layer,
+            chosen.is_dense,
+            AddedLosses.of(config),
         )
 
     def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -165,6 +179,7 @@ class ForwardStep:
             self.recorder,
             self.layer_topk,
             self.is_dense,
+            self.losses,
         )
         num_depths = self.config.model.mtp_num_layers
         output = model(
@@ -263,6 +278,7 @@ def train_step(
     if progress.faults.happens("nan_grad", step):
         poison_gradient(parts)
     loss_nats, num_tokens = mean_loss(parts, rows)
+    added = added_losses(parts, forward_step.losses)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
     if parts.groups.any_true(not (math.isfinite(loss_nats) and math.isfinite(grad_norm))):
@@ -274,7 +290,7 @@ def train_step(
     state.step = step
     state.consumed_sequences = consumed
     state.consumed_tokens += num_tokens
-    return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens)
+    return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens, added)
 
 
 def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
@@ -285,6 +301,15 @@ def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
     nats, num_tokens = parts.groups.from_last_stage(totals).tolist()
     # A batch without a single loss token is a legal oddity (all padding): no loss, no gradient.
     return (nats / num_tokens if num_tokens else 0.0), int(num_tokens)
+
+
+def added_losses(parts: Parts, losses: AddedLosses | None) -> dict[str, float]:
+    """Returns the means of the losses that layers added, over all tokens of the global batch. Collective."""
+    if losses is None:
+        return {}
+    # Each process has its tokens, layers and heads, and no other process has them.
+    sums = parts.groups.sum_over_world(losses.sums(parts.groups.device)) / parts.derived.tokens_per_step
+    return dict(zip(losses.names, sums.tolist(), strict=True))
 
 
 def bad_gradients(parts: Parts) -> list[str]:

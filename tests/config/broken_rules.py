@@ -1,5 +1,7 @@
 """Settings that break one rule and nothing else, and what the message must say."""
 
+from broken_learned_rules import BROKEN_LEARNED
+
 from phsa_megatron.config.schema import (
     AttentionKind,
     ContextExchange,
@@ -22,6 +24,7 @@ BROKEN = [
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
     ("_topk", {"attention.train_topk": 0}, ["attention.train_topk=0", "attention.kind=dense"]),
     ("_topk", {"attention.infer_topk": 0}, ["attention.infer_topk=0", "at least one block"]),
+    *BROKEN_LEARNED,
     ("_heads_divide", {"model.num_query_heads": 7}, ["num_query_heads=7", "num_kv_heads=2", "use 6 or 8"]),
     ("_head_group", {"model.num_query_heads": 34}, ["num_kv_heads=2", "groups of 17", "at least 3"]),
     ("_head_dim_even", {"model.head_dim": 33}, ["model.head_dim=33", "pairs", "even number"]),
@@ -292,6 +295,11 @@ BROKEN = [
         "_schedule_lengths",
         {"optim.warmup_steps": 301},
         ["warmup_steps=301", "decay_steps=100", "train_steps=400", "more steps"],
+    ),
+    (
+        "_warmup",
+        {"optim.warmup_steps": 400, "optim.decay_steps": 0},
+        ["warmup_steps=400", "train_steps=400", "at most 399"],
     ),
     (
         "_cosine",

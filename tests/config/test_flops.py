@@ -161,6 +161,43 @@ def test_other_selectors_cost_what_a_counting_loop_counts(length):
     assert flops.scored_pairs(length, a) == both
 
 
+@pytest.mark.parametrize("length", [1, 40, 333])
+def test_nsa_costs_what_a_counting_loop_counts(length):
+    a = AttentionConfig(
+        selector=Selector.nsa, init_tokens=16, local_tokens=32, nsa_window_tokens=50, train_topk=2
+    )
+    blocks = [allowed_keys(i, a, 2) for i in range(length)]
+    window = [set(range(max(0, i - 49), i + 1)) for i in range(length)]
+    compressed = sum(ended_windows(i, 32, 16) for i in range(length))
+    assert flops.scored_pairs(length, a) == compressed
+    # At most: with blocks chosen outside of the window wherever there are so many.
+    fixed = [allowed_keys(i, a, 0) | w for i, w in enumerate(window)]
+    most = [min(i + 1, len(fixed[i]) + len(blocks[i]) - len(allowed_keys(i, a, 0))) for i in range(length)]
+    assert [flops.attended_tokens(i, a, 2) for i in range(length)] == most
+    assert flops.selected_pairs(length, a, 2) == sum(most)
+    m = model()
+    p = flops.count_parameters(m, 151936, a)
+    windows = len(range(0, length - 31, 16))
+    compressing = 2 * windows * 2 * m.num_kv_heads * (32 * 128 * 128 + 128 * 128)
+    pairs = sum(map(len, blocks)) + sum(map(len, window)) + compressed
+    layer = 4 * m.head_dim * m.num_query_heads * pairs + compressing
+    linear = 2 * p.active_in_products * length
+    assert flops.train_flops_per_sequence(length, m, p, a) == 3 * (linear + m.num_layers * layer)
+
+
+def test_the_indexer_scores_candidates_with_its_own_heads_and_the_alignment_loss_adds_full_attention():
+    m, a = model(), AttentionConfig()
+    p = flops.count_parameters(m, 151936)
+    sparse = flops.train_flops_per_sequence(4096, m, p, a)
+    a.align_coeff = 10.0
+    full = 3 * m.num_layers * flops.attention_flops(flops.causal_pairs(4096), m)
+    assert flops.train_flops_per_sequence(4096, m, p, a) - sparse == full
+    a = AttentionConfig(selector=Selector.indexer, indexer_heads=3)
+    candidates = sum(max(0, i // 16 - 8) for i in range(4096))
+    assert flops.scored_pairs(4096, a) == candidates
+    assert flops.selection_flops(4096, m, a) == 2 * 8 * 3 * 129 * candidates + 2 * 4096 * 8 * 128
+
+
 def test_two_vectors_a_block_are_scored_twice_and_dense_layers_are_counted_as_such():
     m, a = model(), AttentionConfig()
     one = flops.selection_flops(4096, m, a)

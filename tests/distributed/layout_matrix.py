@@ -9,8 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from phsa_megatron.config.schema import AttentionKind, ContextExchange, ContextSharding, Dtype, Recompute
+from phsa_megatron.config.schema import (
+    AttentionKind,
+    ContextExchange,
+    ContextSharding,
+    Dtype,
+    Recompute,
+    Selector,
+)
 
+# Blocks of 16 and windows of 32 in sequences of 64 tokens: few, but some to choose from.
+_NSA = {
+    "attention__selector": Selector.nsa,
+    "attention__mean_weight_frac": 1.0,
+    "attention__block_tokens": 16,
+    "attention__init_tokens": 0,
+    "attention__local_tokens": 16,
+    "attention__train_topk": 1,
+    "attention__nsa_window_tokens": 12,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
@@ -18,6 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"attention__kind": AttentionKind.dense},
     "bf16": {"run__dtype": Dtype.bf16},
     "experts": {"model__num_experts": 8, "model__expert_topk": 3, "model__expert_balance_coeff": 0.1},
+    "nsa": _NSA,
+    "indexer": {"attention__selector": Selector.indexer, "attention__mean_weight_frac": 1.0},
+    "aligned": {"attention__align_coeff": 10.0},
 }
 TP2, PP2, CP2 = ({f"parallel__{kind}_size": 2} for kind in ("tensor", "pipeline", "context"))
 SP, VPP2 = {"parallel__sequence_parallel": True}, {"parallel__virtual_pipeline_size": 2}
@@ -97,6 +117,9 @@ CASES = [
     ("cp4_contiguous", "dense"),
     ("cp4_nodes", "dense"),
     ("tp2_cp2_sp", "dense"),
+    *((layout, "nsa") for layout in ("tp2", "tp2_sp", "pp2_vpp2", "dp2", "tp2_pp2_vpp2_sp_full")),
+    *((layout, "indexer") for layout in ("tp2", "dp2", "tp2_pp2_vpp2_sp_full")),
+    *((layout, "aligned") for layout in ("tp2_sp", "dp2", "tp2_pp2_vpp2_sp_full")),
 ]
 
 
@@ -107,6 +130,9 @@ _HEADINGS = {
     "dense": "dense",
     "bf16": "PHSA, bf16",
     "experts": "PHSA, experts",
+    "nsa": "NSA",
+    "indexer": "block indexer",
+    "aligned": "PHSA, alignment loss",
 }
 
 

@@ -31,6 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
+from phsa_megatron.attention.added_losses import AddedLosses  # noqa: E402
 from phsa_megatron.attention.block_exchange import BlockMap  # noqa: E402
 from phsa_megatron.attention.context_parallel import ContextShard  # noqa: E402
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
@@ -231,6 +232,7 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     tensor_group = groups.collection.tp
     first_head = tensor_group.rank() * config.model.num_kv_heads // tensor_group.size()
     recorder = KeepingRecorder(config.model.num_layers, first_head)
+    losses = AddedLosses.of(config)
 
     def batches() -> Any:
         for start in range(first, first + share, micro):
@@ -241,9 +243,8 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
 
     def forward_step(iterator: Any, chunk: Any) -> Any:
         tokens, cu_seqlens = next(iterator)
-        info = SideInfo.build(
-            tokens, cu_seqlens, TABLE, config.attention, config.attention.train_topk, recorder
-        )
+        topk = config.attention.train_topk
+        info = SideInfo.build(tokens, cu_seqlens, TABLE, config.attention, topk, recorder, losses=losses)
         positions = torch.arange(SEQ_LEN_TOKENS).expand_as(tokens)
         whole_mask = torch.ones(tokens.shape)
         whole_mask[:, -1] = 0.0
@@ -284,6 +285,7 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     return {
         "loss": (totals[0] / totals[1]).item(),
         "pieces": pieces,
+        "added": None if losses is None else groups.sum_over_world(losses.sums(groups.device)),
         "selection": groups.sum_over_world(recorder.sums),
         "selected": recorder.selected,
         "score_gap_frac": recorder.score_gap_frac,

@@ -46,6 +46,9 @@ def test_loss_and_gradients_equal_one_process(results, layout, variant):
     (reference,), ranks = results[f"one-{variant}"], results[f"{layout}-{variant}"]
     for rank in ranks:
         assert rank["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+        if reference["added"] is not None:
+            assert reference["added"].item() > 0
+            torch.testing.assert_close(rank["added"], reference["added"], rtol=1e-5, atol=0)
     expected, found = _assemble([reference]), _assemble(ranks)
     assert found.keys() == expected.keys()
     share = BF16_GRADIENT_BOUND if variant == "bf16" else GRADIENT_BOUND

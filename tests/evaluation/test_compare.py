@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_runs_differ_in_selector_and_seed_and_have_the_recipes_budget(tmp_path):
-    names = ["phsa", "random_tokens", "moba", "separators", "window", "dense"]
+    names = ["phsa", "random_tokens", "moba", "separators", "window", "dense", "nsa", "indexer"]
     runs = plan(names, ["1", "2"], [DEMO, "attention.train_topk=3"], tmp_path, own_settings=False)
     assert [(name, seed) for name, seed, _ in runs] == [(n, s) for n in names for s in (1, 2)]
     configs = {name: compose(arguments).config for name, _, arguments in runs}
@@ -28,6 +28,7 @@ def test_runs_differ_in_selector_and_seed_and_have_the_recipes_budget(tmp_path):
         if name in ("phsa", "random_tokens"):
             assert attention.punctuation_language == "en_zh"  # the demo's, not the file's
         assert config.run.name == f"{name}-seed2" and config.run.root_dir == str(tmp_path)
+    assert configs["nsa"].attention.nsa_window_tokens == 64  # the recipe's local window
     assert len({(c.attention.kind, c.attention.selector) for c in configs.values()}) == len(names)
 
 
@@ -113,6 +114,7 @@ def test_the_cpu_demo_is_compared_at_toy_size_and_a_second_start_trains_nothing(
     }
     assert len({r["values"]["val/loss_nats"] for r in records}) == 4
     assert all(0 < r["values"]["attention/kept_mass_frac"] < 1 for r in records)
+    assert (tmp_path / "runs/toy/compare.png").read_bytes().startswith(b"\x89PNG")
     written = (tmp_path / "runs/toy/phsa-seed1/done").stat().st_mtime_ns
     assert phsa_train(*command) == table
     assert (tmp_path / "runs/toy/phsa-seed1/done").stat().st_mtime_ns == written

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
-from phsa_megatron.config.schema import AttentionKind, Dtype
+from phsa_megatron.config.flops import count_parameters
+from phsa_megatron.config.schema import AttentionKind, Dtype, Selector
 from phsa_megatron.model.factory import build_model
 from phsa_megatron.model.norm import RMSNorm
 
@@ -56,6 +57,24 @@ def test_attention_adds_no_parameters_so_dense_and_phsa_checkpoints_fit(tiny_con
         build_model(tiny_config(attention__kind=kind), single_process_groups)[0] for kind in AttentionKind
     )
     assert phsa.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("selector", [Selector.nsa, Selector.indexer])
+def test_weights_of_a_selector_are_counted(tiny_config, single_process_groups, selector, qk_norm):
+    config = tiny_config(
+        attention__selector=selector,
+        attention__nsa_window_tokens=8,
+        attention__indexer_heads=3,
+        model__mtp_num_layers=1,
+        model__qk_norm=qk_norm,
+    )
+    (model,) = build_model(config, single_process_groups)
+    counted = count_parameters(config.model, 112, config.attention)
+    assert sum(p.numel() for p in model.parameters()) == counted.total
+    plain = count_parameters(config.model, 112)
+    own = sum(p.numel() for name, p in model.named_parameters() if ".core_attention." in name)
+    assert own == counted.total - plain.total > 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

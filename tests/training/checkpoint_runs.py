@@ -14,7 +14,7 @@ import torch
 
 from phsa_megatron.config import compose
 from phsa_megatron.config.run_folder import RunFolder
-from phsa_megatron.config.schema import AttentionKind, Dtype, SourceConfig, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Dtype, Selector, SourceConfig, TrainConfig
 from phsa_megatron.parallel.groups import initialize
 from phsa_megatron.training.checkpoint import Checkpointer
 from phsa_megatron.training.commit import FORMAT_VERSION
@@ -58,6 +58,13 @@ def tiny_config(root: Path, **sections) -> TrainConfig:
             for key, value in changes.items():
                 setattr(getattr(config, name), key, value)
     return config
+
+
+def use_nsa(config: TrainConfig) -> None:
+    """Give every layer NSA's weights."""
+    attention = config.attention
+    attention.kind, attention.selector = AttentionKind.phsa, Selector.nsa
+    attention.mean_weight_frac, attention.nsa_window_tokens = 1.0, 8
 
 
 def train(parts, state: TrainState, num_steps: int) -> list[float]:

@@ -12,6 +12,7 @@ from tests.training.checkpoint_runs import (
     fingerprint,
     script_environment,
     tiny_config,
+    use_nsa,
     write_script,
 )
 
@@ -87,10 +88,19 @@ TWO_PROCESSES = (
             run.state.step += 1
             run.save(must_succeed=True)
 
+    def selector_weights_in_another_layout():
+        config = config_of("nsa", tensor_size=2, sequence_parallel=True)
+        t.use_nsa(config)
+        with t.Run(config) as run:
+            assert run.load().step == 1
+            run.state.step += 1
+            run.save(must_succeed=True)
+
     straight_and_resumed()
     one_process_cannot_write()
     damage_is_refused_by_all()
     another_layout()
+    selector_weights_in_another_layout()
     print("done", flush=True)
 """
 )
@@ -103,6 +113,12 @@ def test_two_processes_save_resume_fail_and_reshard_together(tmp_path):
         run.train(3)
         run.save()
         before = fingerprint(run.parts)
+    nsa = tiny_config(tmp_path / "runs", run={"name": "nsa"})
+    use_nsa(nsa)
+    with Run(nsa) as run:
+        run.train(1)
+        run.save()
+        nsa_before = fingerprint(run.parts)
     script = write_script(tmp_path, TWO_PROCESSES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
@@ -115,4 +131,9 @@ def test_two_processes_save_resume_fail_and_reshard_together(tmp_path):
         after = fingerprint(run.parts)
     changed = {key for key in before if after.get(key) != before[key]}
     assert changed <= {"rng"}
+    with Run(nsa) as run_nsa:
+        assert run_nsa.load().step == 2
+        nsa_after = fingerprint(run_nsa.parts)
+    assert {key for key in nsa_before if nsa_after.get(key) != nsa_before[key]} <= {"rng"}
+    assert sum(".core_attention." in key for key in nsa_before) > 0
     assert Path(run.folder.checkpoints_dir / "step_00000004").is_dir()

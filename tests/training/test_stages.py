@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from phsa_megatron.config.errors import CheckpointError, ConfigError
 from phsa_megatron.config.lineage import read_lineage
 from phsa_megatron.config.run_folder import RunFolder
-from phsa_megatron.config.schema import AttentionKind, Dtype
+from phsa_megatron.config.schema import AttentionKind, Dtype, Selector
 from phsa_megatron.model.huggingface_weights import join_qkv
 from phsa_megatron.training import stages
 from tests.training.checkpoint_runs import Run, fingerprint, tiny_config
@@ -50,6 +50,38 @@ def test_a_stage_takes_the_newest_weights_and_begins_everything_else_anew(tmp_pa
     assert source.step == 2
     assert not any(key.startswith("exp_avg") for key in everything)
     assert everything["step 0"] == b"None"
+
+
+INDEXER = {"kind": AttentionKind.phsa, "selector": Selector.indexer, "mean_weight_frac": 1.0}
+
+
+def test_a_selector_with_weights_starts_them_anew_from_a_run_without_and_takes_them_from_its_own(
+    tmp_path, first_stage
+):
+    def own(name):
+        return ".core_attention." in name
+
+    def stage(name, source, attention, seed):
+        run = {"name": name, "dtype": Dtype.bf16, "init_from": str(source), "seed": seed}
+        config = tiny_config(tmp_path, run=run, attention=attention)
+        with Run(config) as entered:
+            before = weights(entered.parts)
+            stages.init_from(config, entered.parts, entered.checkpointer)
+            after = weights(entered.parts)
+            entered.save()
+        return before, after, RunFolder.of(config).path
+
+    folder, dense = first_stage
+    before, second, source = stage("second", folder.path, INDEXER, 1)
+    assert {k: v for k, v in second.items() if not own(k)} == dense
+    fresh = {k: v for k, v in before.items() if own(k)}
+    assert fresh and {k: v for k, v in second.items() if own(k)} == fresh
+    before, third, _ = stage("third", source, INDEXER, 2)
+    assert third == second and any(before[k] != third[k] for k in fresh)
+    _, back, _ = stage("back", source, {"kind": AttentionKind.phsa}, 3)
+    assert back == dense
+    with pytest.raises(ConfigError, match="attention.indexer_heads: 4 -> 2"):
+        stage("fewer", source, INDEXER | {"indexer_heads": 2}, 4)
 
 
 def test_the_lineage_is_a_chain_with_steps_and_hashes_of_settings(tmp_path, first_stage):
@@ -221,6 +253,19 @@ def test_another_huggingface_model_is_refused_with_the_differing_fields(tmp_path
     write_huggingface(tmp_path / "theirs", config, **changes)
     with Run(config) as run, pytest.raises(ConfigError, match=message):
         stages.init_from(config, run.parts, run.checkpointer)
+
+
+def test_a_selectors_own_weights_are_no_part_of_a_huggingface_folder(tmp_path):
+    config = huggingface_config(tmp_path)
+    write_huggingface(tmp_path / "theirs", config)
+    for key, value in INDEXER.items():
+        setattr(config.attention, key, value)
+    with Run(config) as run:
+        before = weights(run.parts)
+        stages.init_from(config, run.parts, run.checkpointer)
+        after = weights(run.parts)
+    kept = {key for key in before if before[key] == after[key]}
+    assert kept == {key for key in before if ".core_attention." in key} and kept
 
 
 def test_missing_unknown_and_damaged_tensors_are_named(tmp_path):

@@ -22,6 +22,7 @@ SCHEDULES = {
         "attention.topk_schedule": TopkSchedule.random_layer,
         "attention.topk_choices": [1, 2, 4],
     },
+    "aligned": {"attention.align_coeff": 10.0},
 }
 
 
@@ -63,10 +64,8 @@ def test_information_is_logged_when_due_and_changes_nothing(tiny_config, run):
 def test_a_selector_changes_only_the_selection(tiny_config, run):
     """Same data, same weights at the start, same files and tensors in the checkpoint."""
     runs = {}
-    for selector in (Selector.phsa, Selector.moba):
-        lam = 0.5 if selector == Selector.phsa else 1.0
-        settings = {"attention.selector": selector, "attention.mean_weight_frac": lam, "run.train_steps": 4}
-        runs[selector] = run(tiny_config(**{"run.name": selector.value, **settings}))
+    for selector in (Selector.phsa, Selector.moba, Selector.nsa, Selector.indexer):
+        runs[selector] = run(tiny_config(**settings_of(selector), **{"run.train_steps": 4}))
     states, layouts = [], []
     for finished in runs.values():
         (step,) = finished.folder.committed_steps()
@@ -75,9 +74,59 @@ def test_a_selector_changes_only_the_selection(tiny_config, run):
         state = json.loads(state_file.read_text())
         states.append((state["data_fingerprint"], state["consumed_sequences"], state["consumed_tokens"]))
         layouts.append(_tensors(folder))
-    assert states[0] == states[1]
+    assert states.count(states[0]) == len(states)
     assert layouts[0] == layouts[1] and len(layouts[0]) > 10
-    assert runs[Selector.phsa].curve() != runs[Selector.moba].curve()
+    for layout in layouts[2:]:
+        # Weights, of each an fp32 copy and Adam's two moments, and nothing else.
+        own = {name for name in layout if ".core_attention." in name}
+        assert {name: shape for name, shape in layout.items() if name not in own} == layouts[0]
+        weights = {name for name in own if name.startswith("model.") or name.startswith("decoder.")}
+        assert weights and len(own) == 4 * len(weights), own
+    assert len({tuple(finished.curve()) for finished in runs.values()}) == len(runs)
+
+
+@pytest.mark.parametrize("selector", [Selector.nsa, Selector.indexer])
+def test_a_selector_with_weights_is_exact_under_resume_and_trains_them(
+    tiny_config, run, monkeypatch, selector
+):
+    straight = run(tiny_config(**settings_of(selector) | {"run.name": "straight"}))
+    config = tiny_config(**settings_of(selector) | {"run.name": "stopped"})
+    monkeypatch.setenv(VARIABLE, "sigterm@step=3")
+    assert run(config).outcome.step == 3
+    monkeypatch.delenv(VARIABLE)
+    resumed = run(config)
+    assert resumed.curve() == straight.curve()
+    kl = [
+        [s["train/index_kl_nats"] for s in r.steps if "train/index_kl_nats" in s] for r in (straight, resumed)
+    ]
+    assert kl[0] == kl[1] and len(kl[0]) == (6 if selector == Selector.indexer else 0)
+    assert all(value > 0 for value in kl[0])
+
+
+def test_the_alignment_loss_is_logged_by_itself(tiny_config, run):
+    plain = run(tiny_config(**{"run.name": "plain"}))
+    aligned = run(tiny_config(**{"run.name": "aligned", "attention.align_coeff": 10.0}))
+    steps = [s for s in aligned.steps if "train/loss_nats" in s]
+    assert all(s["train/align_loss"] > 0 for s in steps) and len(steps) == 6
+    assert {s["attention/topk"] for s in steps} == {0.0, 1.0}  # full and sparse steps
+    # The first step has the weights of the other run: the same cross-entropy where it is sparse, never the
+    # same gradient.
+    sparse = tiny_config(
+        **{"run.name": "sparse", "attention.align_coeff": 10.0, "attention.align_full_frac": 0.0}
+    )
+    first, without = run(sparse).steps[0], plain.steps[0]
+    assert first["train/loss_nats"] == without["train/loss_nats"]
+    assert first["optim/grad_norm"] != without["optim/grad_norm"]
+    assert not any("train/align_loss" in s for s in plain.steps)
+
+
+def settings_of(selector):
+    settings = {"run.name": selector.value, "attention.selector": selector}
+    settings["attention.mean_weight_frac"] = 0.5 if selector == Selector.phsa else 1.0
+    if selector == Selector.nsa:
+        settings |= {"attention.block_tokens": 16, "attention.init_tokens": 0, "attention.local_tokens": 16}
+        settings["attention.nsa_window_tokens"] = 8
+    return settings
 
 
 def _tensors(folder):

@@ -19,6 +19,7 @@ from phsa_megatron.config.planning.communication import Communication, communica
 from phsa_megatron.config.planning.machine import Machine
 from phsa_megatron.config.planning.step_time import StepTime, step_time
 from phsa_megatron.config.schema import Recompute, TrainConfig
+from phsa_megatron.config.selector_kinds import learned_selector
 from phsa_megatron.config.validate import RULES, validate
 
 MOST_TOKENS = 32768
@@ -200,7 +201,7 @@ class Estimator:
 
     def _count(self, config: TrainConfig, padded: int) -> flops.ParameterCount:
         if padded not in self._parameters:
-            self._parameters[padded] = flops.count_parameters(config.model, padded)
+            self._parameters[padded] = flops.count_parameters(config.model, padded, config.attention)
         return self._parameters[padded]
 
 
@@ -210,6 +211,13 @@ def _refuse_what_is_not_counted(config: TrainConfig) -> None:
         raise ConfigError(
             f"model.num_experts={config.model.num_experts}: the plan counts no activations and no time of "
             "experts; set model.num_experts=0 to plan the dense model of this shape"
+        )
+    attention = config.attention
+    learned = learned_selector(attention)
+    if learned is not None or attention.align_coeff:
+        name = f"selector={learned}" if learned else f"align_coeff={attention.align_coeff:g}"
+        raise ConfigError(
+            f"attention.{name}: the plan knows no activations and no time of it; plan attention=phsa or dense"
         )
     plain = {"context_exchange": "all_gather", "context_sharding": "zigzag", "context_node_size": None}
     for name, value in plain.items():

@@ -122,6 +122,10 @@ def test_a_cpu_run_and_the_reference_are_refused():
     config = replace(config, attention=replace(config.attention, impl=KernelImpl.reference))
     with pytest.raises(ConfigError, match="attention.impl=triton"):
         make_plan(config, Machine.of(config))
+    aligned = run_to_plan([f"recipe={RECIPE}"])
+    aligned = replace(aligned, attention=replace(aligned.attention, align_coeff=10.0))
+    with pytest.raises(ConfigError, match="attention.align_coeff=10: the plan knows no"):
+        make_plan(aligned, Machine.of(aligned))
 
 
 def test_text_is_filled_in_only_where_nobody_gave_it(paper_overrides):
