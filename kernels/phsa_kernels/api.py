@@ -1,5 +1,6 @@
-"""The one public door: ops with an explicit `impl=`. Four are for whole documents, and are validated here and
-nowhere else; two are for generation, one token a sequence (`decode/door.py`).
+"""The one public door: ops with an explicit `impl=`, whose arguments are checked here and nowhere else.
+
+The ops below are for whole documents. Those of generation, one token a sequence, come from `decode/door.py`.
 
 Letters: T tokens of all documents in the call, Tq query tokens, Tk key tokens, Hq query heads, Hkv key-value
 heads, R = Hq / Hkv, D head dim, m = block_tokens, N documents, NB = Tk // m rows of pooled blocks,
@@ -22,13 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phsa_kernels.checks import IMPLS
+from phsa_kernels.checks import IMPLS as IMPLS
 from phsa_kernels.checks import check_heads as _check_heads
 from phsa_kernels.checks import check_index as _check_index
 from phsa_kernels.checks import check_windows as _check_windows
 from phsa_kernels.checks import implementation as _implementation
 from phsa_kernels.checks import require as _require
-from phsa_kernels.decode.door import DecodeOutput, append_keys, decode_attention
+from phsa_kernels.decode.door import DecodeOutput as DecodeOutput
+from phsa_kernels.decode.door import append_keys as append_keys
+from phsa_kernels.decode.door import decode_attention as decode_attention
 
 POOL_KINDS = ("mean", "moments", "minmax", "halves")
 GROUP_SCORES = ("softmax_sum", "raw_sum", "per_head")

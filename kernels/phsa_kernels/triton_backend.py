@@ -76,9 +76,7 @@ def select(
     softmax_scale: float,
 ) -> Tensor:
     """Return the chosen blocks; see `phsa_kernels.api.select`."""
-    supported(
-        score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'"
-    )
+    supported(score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'")
     supported(
         group_score in {"softmax_sum", "raw_sum"}, f"group_score={group_score!r}", "softmax_sum and raw_sum"
     )

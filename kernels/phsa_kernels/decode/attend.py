@@ -22,7 +22,9 @@ _PAST_ALL = tl.constexpr(2147483647)
 
 
 @triton.jit
-def merge_chunks(BEST, pair, num_chunks, used_chunks, TOPK: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr):
+def merge_chunks(
+    BEST, pair, num_chunks, used_chunks, TOPK: tl.constexpr, SLOTS: tl.constexpr, N: tl.constexpr
+):
     """Return the best TOPK blocks [SLOTS] of all chunks, best first, -1 where there are none.
 
     N: chunks * TOPK padded to a power of two.
@@ -65,13 +67,13 @@ def slot_keys(
     return position, (position < end) & (dense | in_local | ((chosen >= 0) & (j < SLOTS)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "split_keys", "dense_len"])
 def attend_kernel(
-    Q, K, V, LENGTHS, BEST, IDS, PART, PEAK, TOTAL, scale, num_chunks, dense_len, stride_qb, stride_qh,
-    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, HKV: tl.constexpr,
+    Q, K, V, LENGTHS, BEST, IDS, PART, PEAK, TOTAL, scale, num_chunks, split_keys, dense_len, stride_qb,
+    stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, HKV: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
-    MERGED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    MERGED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """PART [pair, split, head of the group, D]: sums of a split's values, under the PEAK and TOTAL beside it.
 
@@ -81,12 +83,12 @@ def attend_kernel(
     row, head = pair // HKV, pair % HKV
     length = tl.load(LENGTHS + row)
     dense = length <= dense_len
-    first = split * (STEPS * BN)
+    first = split * split_keys
     ids = tl.full([SLOTS], -1, tl.int32)
     end = tl.where(dense, length, INIT + LOCAL + TOPK * BLOCK)
-    end = tl.where(length > 0, tl.minimum(end, first + STEPS * BN), 0)
-    if TOPK > 0:
-        if first + STEPS * BN > INIT + LOCAL:
+    end = tl.where(length > 0, tl.minimum(end, first + split_keys), 0)
+    if TOPK > 0:  # noqa: SIM102 - the compiler leaves the whole branch out
+        if first + split_keys > INIT + LOCAL:
             _, candidates_end = candidate_bounds(length, dense_len, INIT, LOCAL, BLOCK)
             used = tl.cdiv(tl.maximum(candidates_end, 0), CHUNK)
             ids = merge_chunks(BEST, pair, num_chunks, used, TOPK, SLOTS, MERGED)
@@ -120,16 +122,16 @@ def attend_kernel(
         tl.store(PART + (place * D)[:, None] + d[None, :], sums, mask=(r < GROUP)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "sparse_splits", "split_keys", "dense_len"])
 def combine_kernel(
-    LENGTHS, PART, PEAK, TOTAL, OUT, LSE, num_splits, sparse_splits, dense_len, HKV: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT_KEYS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    LENGTHS, PART, PEAK, TOTAL, OUT, LSE, num_splits, sparse_splits, split_keys, dense_len,
+    HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """One program for each (sequence, query head): adds the splits up, B at a time, in their order."""
     index = tl.program_id(0)
     pair, r = index // GROUP, index % GROUP
     length = tl.load(LENGTHS + pair // HKV)
-    used = tl.where(length <= dense_len, tl.cdiv(length, SPLIT_KEYS), sparse_splits)
+    used = tl.where(length <= dense_len, tl.cdiv(length, split_keys), sparse_splits)
     used = tl.where(length > 0, used, 0)
     d = tl.arange(0, D)
     peak = tl.full([1], LOWEST, tl.float32)

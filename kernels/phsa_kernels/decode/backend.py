@@ -10,7 +10,9 @@ from phsa_kernels.triton_backend import MAX_TOPK, check, check_group, check_scal
 
 def _rows_contiguous(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        supported(x.stride(-1) == 1, f"{name} with strides {x.stride()}", "an innermost dimension of stride 1")
+        supported(
+            x.stride(-1) == 1, f"{name} with strides {x.stride()}", "an innermost dimension of stride 1"
+        )
 
 
 def append_keys(

@@ -35,7 +35,8 @@ def _check_caches(
     require(block_tokens >= 1, f"block_tokens={block_tokens} must be at least 1")
     require(
         k_cache.dim() == 4 and k_cache.shape == v_cache.shape,
-        f"k_cache and v_cache must be [B, C, Hkv, D] alike, got {tuple(k_cache.shape)}, {tuple(v_cache.shape)}",
+        f"k_cache and v_cache must be [B, C, Hkv, D] alike, got {tuple(k_cache.shape)}, "
+        f"{tuple(v_cache.shape)}",
     )
     batch, capacity, num_kv_heads, head_dim = k_cache.shape
     require(
@@ -71,12 +72,12 @@ def append_keys(
     mean_weight_frac: float = 0.5,
     impl: str = "reference",
 ) -> None:
-    """Write the newest token's key and value into the caches, in place, and pool its block if it completes it.
+    """Write the newest token's key and value into the caches, in place; pool the block that it completes.
 
     The open block of a sequence has two running sums, of its keys and of its marked keys. With the block's
-    last token they become the pooled key: `lambda * sum / m + (1 - lambda) * marked sum / c` with c > 0 marked
-    tokens, else `sum / m`, as `pool` with the method's weights up to the order of a sum. A block's first token
-    starts the sums anew, whatever they held.
+    last token they become the pooled key: `lambda * sum / m + (1 - lambda) * marked sum / c` with c > 0
+    marked tokens, else `sum / m`: what `pool` gives with the method's weights, up to the order of a sum. A
+    block's first token starts the sums anew, whatever they held.
 
     Args:
         k: keys [B, Hkv, D] of the new tokens, after RoPE, in the dtype of the caches.

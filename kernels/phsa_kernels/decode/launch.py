@@ -18,11 +18,13 @@ from phsa_kernels.decode.score import choose_kernel, score_kernel
 
 # A product of tensor cores has at least 16 rows.
 _MIN_ROWS = 16
-_MAX_COMBINED_SPLITS = 16
+_COMBINED_SPLITS = 16  # at a time
+# Padded to at least these, so that few kernels are compiled.
+_MIN_SPLITS, _MIN_MERGED = 64, 128
 
 
-class _Method(NamedTuple):
-    """The settings of a call, in tokens, and what of them the kernels are compiled for."""
+class Method(NamedTuple):
+    """The settings of a call; lengths in tokens."""
 
     topk: int
     init: int
@@ -84,12 +86,12 @@ def decode_attention(
     if batch == 0:
         return out, lse, ids
     dense_len = min(dense_len_tokens, capacity)
-    method = _Method(topk, init_tokens, local_tokens, block_tokens, dense_len, softmax, scale)
+    method = Method(topk, init_tokens, local_tokens, block_tokens, dense_len, softmax, scale)
     if topk and dense_len < capacity:
-        best = _choose(q, pooled_cache, lengths, method)
+        best = choose(q, pooled_cache, lengths, method)
     else:  # nothing to choose: no chunk is ever looked at
         best = q.new_empty(0, 0, topk, dtype=torch.int64)
-    _attend(q, k_cache, v_cache, lengths, best, method, out, lse, ids)
+    attend(q, k_cache, v_cache, lengths, best, method, out, lse, ids)
     return out, lse, ids
 
 
@@ -109,41 +111,41 @@ def _heads(q: Tensor, num_kv_heads: int) -> dict[str, int]:
     return {"HKV": num_kv_heads, "GROUP": group, "HEADS": max(_MIN_ROWS, triton.next_power_of_2(group))}
 
 
-def _choose(q: Tensor, pooled: Tensor, lengths: Tensor, method: _Method) -> Tensor:
+def choose(q: Tensor, pooled: Tensor, lengths: Tensor, method: Method) -> Tensor:
     """Return the best k candidates of every chunk, int64 [pairs, chunks, k], as comparable keys."""
     tile = tiles.TILES
     batch, num_blocks, num_kv_heads, head_dim = pooled.shape
     pairs, heads = batch * num_kv_heads, _heads(q, num_kv_heads)
     num_steps = triton.cdiv(num_blocks, tile.score_blocks)
     steps = tiles.steps_per_program(num_steps, pairs, q.device, tile)
-    splits = triton.cdiv(num_steps, steps)
+    splits, split_blocks = triton.cdiv(num_steps, steps), steps * tile.score_blocks
     rows = heads["GROUP"] if method.softmax else 1
     scores = q.new_empty(pairs, rows, num_blocks, dtype=torch.float32)
     peak = q.new_empty(pairs, splits, rows, dtype=torch.float32)
     total = torch.empty_like(peak)
     score_kernel[(splits, pairs)](
-        q, pooled, lengths, scores, peak, total, method.scale, num_blocks, method.dense_len, *q.stride()[:2],
-        *pooled.stride()[:3], **heads, SOFTMAX=method.softmax, BLOCK=method.block, D=head_dim,
-        BN=tile.score_blocks, STEPS=steps, num_warps=tile.score_warps, num_stages=tile.num_stages,
+        q, pooled, lengths, scores, peak, total, method.scale, num_blocks, split_blocks, method.dense_len,
+        *q.stride()[:2], *pooled.stride()[:3], **heads, SOFTMAX=method.softmax, BLOCK=method.block,
+        D=head_dim, BN=tile.score_blocks, num_warps=tile.score_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     chunks = triton.cdiv(num_blocks, tile.chunk_blocks)
     best = q.new_empty(pairs, chunks, method.topk, dtype=torch.int64)
     choose_kernel[(chunks, pairs)](
-        lengths, scores, peak, total, best, num_blocks, splits, method.dense_len, HKV=num_kv_heads,
-        GROUP=heads["GROUP"], SOFTMAX=method.softmax, INIT=method.init, LOCAL=method.local,
-        BLOCK=method.block, TOPK=method.topk, SPLIT_BLOCKS=steps * tile.score_blocks,
-        SPLITS=triton.next_power_of_2(splits), CHUNK=tile.chunk_blocks, num_warps=4,
+        lengths, scores, peak, total, best, num_blocks, splits, split_blocks, method.dense_len,
+        HKV=num_kv_heads, GROUP=heads["GROUP"], SOFTMAX=method.softmax, INIT=method.init, LOCAL=method.local,
+        BLOCK=method.block, TOPK=method.topk,
+        SPLITS=max(_MIN_SPLITS, triton.next_power_of_2(splits)), CHUNK=tile.chunk_blocks, num_warps=4,
     )  # fmt: skip
     return best
 
 
-def _attend(
+def attend(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
     best: Tensor,
-    method: _Method,
+    method: Method,
     out: Tensor,
     lse: Tensor,
     ids: Tensor,
@@ -162,14 +164,15 @@ def _attend(
     chunks = best.shape[1]
     attend_kernel[(splits, pairs)](
         q, k_cache, v_cache, lengths, best, ids, part, peak, total, method.scale,
-        chunks, method.dense_len, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], **heads,
+        chunks, split_keys, method.dense_len, *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        **heads,
         INIT=method.init, LOCAL=method.local, BLOCK=method.block, TOPK=method.topk,
         SLOTS=triton.next_power_of_2(max(method.topk, 1)), CHUNK=tile.chunk_blocks,
-        MERGED=triton.next_power_of_2(max(chunks * method.topk, 1)), D=head_dim, BN=tile.attend_keys,
-        STEPS=steps, num_warps=tile.attend_warps, num_stages=tile.num_stages,
+        MERGED=max(_MIN_MERGED, triton.next_power_of_2(chunks * method.topk)), D=head_dim,
+        BN=tile.attend_keys, num_warps=tile.attend_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     combine_kernel[(batch * q.shape[1],)](
         lengths, part, peak, total, out, lse, splits, triton.cdiv(sparse_slots, split_keys),
-        method.dense_len, HKV=num_kv_heads, GROUP=heads["GROUP"], SPLIT_KEYS=split_keys, D=head_dim,
-        B=min(_MAX_COMBINED_SPLITS, triton.next_power_of_2(splits)), num_warps=1,
+        split_keys, method.dense_len, HKV=num_kv_heads, GROUP=heads["GROUP"], D=head_dim,
+        B=_COMBINED_SPLITS, num_warps=1,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The specification of the ops of generation: eager PyTorch, sequence by sequence, on the reference's own ops."""
+"""The specification of the ops of generation: eager PyTorch, sequence by sequence, on `reference.py`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Scores of all blocks before the current one, and the best k of each chunk of them.
 
 softmax_sum needs each head's normalizer over all blocks before the group's scores can be compared. So the
-score kernel writes dot products (fp32, in powers of two) and each program's own maximum and sum, and the choose
-kernel adds the latter up, for every program in the same order, before it compares.
+score kernel writes dot products (fp32, in powers of two) and each program's own maximum and sum; the choose
+kernel adds the latter up, every program in the same order, before it compares.
 """
 
 # Arguments of Triton functions are pointers, blocks and scalars of no Python type.
@@ -29,11 +29,12 @@ def load_group(Q, row, head, stride_qb, stride_qh, GROUP: tl.constexpr, HEADS: t
     return tl.load(Q + offset[:, None] + tl.arange(0, D)[None, :], mask=(r < GROUP)[:, None], other=0.0)
 
 
-@triton.jit
+# Numbers that say how a step is cut are no reason to compile another kernel.
+@triton.jit(do_not_specialize=["split_blocks", "dense_len"])
 def score_kernel(
-    Q, POOLED, LENGTHS, SCORES, PEAK, TOTAL, scale, num_blocks, dense_len, stride_qb, stride_qh, stride_pb,
-    stride_pn, stride_ph, HKV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SOFTMAX: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    Q, POOLED, LENGTHS, SCORES, PEAK, TOTAL, scale, num_blocks, split_blocks, dense_len, stride_qb,
+    stride_qh, stride_pb, stride_pn, stride_ph, HKV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """SCORES[pair, head of the group, block], or [pair, block] summed over the group without softmax.
 
@@ -42,8 +43,8 @@ def score_kernel(
     split, pair = tl.program_id(0), tl.program_id(1)
     row, head = pair // HKV, pair % HKV
     length = tl.load(LENGTHS + row)
-    first = split * (STEPS * BN)
-    end = tl.minimum((length - 1) // BLOCK, first + STEPS * BN)
+    first = split * split_blocks
+    end = tl.minimum((length - 1) // BLOCK, first + split_blocks)
     end = tl.where(length > dense_len, end, 0)
     if first < end:
         q = load_group(Q, row, head, stride_qb, stride_qh, GROUP, HEADS, D)
@@ -100,12 +101,11 @@ def candidate_bounds(length, dense_len, INIT: tl.constexpr, LOCAL: tl.constexpr,
     return INIT // BLOCK, tl.where((length > dense_len) & (length > 0), last + 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "split_blocks", "dense_len"])
 def choose_kernel(
-    LENGTHS, SCORES, PEAK, TOTAL, BEST, num_blocks, num_splits, dense_len, HKV: tl.constexpr,
+    LENGTHS, SCORES, PEAK, TOTAL, BEST, num_blocks, num_splits, split_blocks, dense_len, HKV: tl.constexpr,
     GROUP: tl.constexpr, SOFTMAX: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK: tl.constexpr, TOPK: tl.constexpr, SPLIT_BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, TOPK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """BEST[pair, chunk, j]: the chunk's j-th best candidate as a comparable key; chunks without any: nothing.
 
@@ -120,7 +120,7 @@ def choose_kernel(
         score = tl.zeros([CHUNK], tl.float32)
         if SOFTMAX:
             split = tl.arange(0, SPLITS)
-            used = split < tl.cdiv((length - 1) // BLOCK, SPLIT_BLOCKS)
+            used = split < tl.cdiv((length - 1) // BLOCK, split_blocks)
             for r in tl.static_range(GROUP):
                 place = (pair * num_splits + split) * GROUP + r
                 peak = tl.load(PEAK + place, mask=used, other=LOWEST)
