@@ -20,6 +20,7 @@ from phsa_kernels.api import attend, block_boundaries, select
 from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.dense_attention import Window, dense, dense_sharded
+from phsa_megatron.attention.kv_cache import DecodeStep
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.schema import AttentionConfig, ParallelConfig, Selector
@@ -91,7 +92,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: SideInfo | None = None,
+        packed_seq_params: SideInfo | DecodeStep | None = None,
     ) -> Tensor:
         """Return the attention output [S / CP, b, Hq * D].
 
@@ -102,16 +103,29 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
             attention_mask: must be None: documents and causality come from the side information.
             attn_mask_type: None or causal.
             attention_bias: must be None.
-            packed_seq_params: the SideInfo of this micro-batch.
+            packed_seq_params: the SideInfo of this micro-batch, or the DecodeStep of one new token a row.
 
         Raises:
             TypeError: there is no SideInfo.
             ValueError: its shape is not that of the queries, or a mask or bias is given.
         """
+        if isinstance(packed_seq_params, DecodeStep):
+            out = packed_seq_params.cache.attend(
+                self.layer_number,
+                query[0],
+                key[0],
+                value[0],
+                packed_seq_params,
+                is_dense=self._is_dense_layer(),
+                softmax_scale=self.softmax_scale,
+            )
+            return out.flatten(1).unsqueeze(0)
         side_info = self._checked(query, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         side_info = side_info.at_mtp_depth(self.mtp_depth)
         flat = _flat(query), _flat(key), _flat(value)
         own_tokens, num_rows = query.shape[:2]
+        if side_info.prompt_cache is not None:
+            side_info.prompt_cache.keep(self.layer_number, flat[1], flat[2], side_info)
         if self.context_groups is None:
             out = self._attend(*flat, side_info)
         else:
@@ -124,6 +138,10 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
             )
             out = self._attend_sharded(*flat, side_info, shard)
         return out.reshape(num_rows, own_tokens, -1).transpose(0, 1).contiguous()
+
+    def _is_dense_layer(self) -> bool:
+        """Return whether this layer attends to everything, whatever the pass."""
+        raise NotImplementedError
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         """Return [T, Hq, D] for query [T, Hq, D], key and value [T, Hkv, D], row after row."""
@@ -284,13 +302,18 @@ class PHSACoreAttention(_DocumentAttention):
         settings = self.attention
         return Window(settings.init_tokens, settings.local_tokens), settings.dense_len_tokens
 
+    def _is_dense_layer(self) -> bool:
+        return self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
+
     def _is_dense(self, side_info: SideInfo) -> bool:
-        in_list = self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
-        return in_list or side_info.is_dense
+        return self._is_dense_layer() or side_info.is_dense
 
 
 class DenseCoreAttention(_DocumentAttention):
     """Full causal attention inside every document (`dense_attention.py`)."""
+
+    def _is_dense_layer(self) -> bool:
+        return True
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         return dense(query, key, value, side_info, self.softmax_scale)

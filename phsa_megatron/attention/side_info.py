@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phsa_kernels.api import token_positions
 from phsa_megatron.attention.controls import branch_flags
+from phsa_megatron.attention.kv_cache import PromptCache
 from phsa_megatron.attention.pool_weights import pool_weights
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.schema import AttentionConfig
@@ -83,6 +84,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """Every layer computes full causal attention in this pass."""
     recorder: SelectionListener | None = None
     """Collects selection statistics in evaluation; None in training."""
+    prompt_cache: PromptCache | None = None
+    """Keeps the keys and values of a pass over prompts that are to be continued."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
