@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_UNIT_SHARE = 2**40
+"""Probability 1; a token of less than half of the smallest share, 4.5e-13, is never sampled."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -62,11 +65,11 @@ def choose_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -
     probabilities, order = (
         (logits / sampling.temperature).softmax(1).sort(dim=1, descending=True, stable=True)
     )
-    # fp64: the sum of 150,000 fp32 terms would shift the boundaries of unlikely tokens.
-    reached = probabilities.double().cumsum(1)
-    before = reached - probabilities
+    # Whole numbers: their sums are exact, so that no device and no order of a sum moves a boundary.
+    shares = (probabilities.double() * _UNIT_SHARE).round().long()
+    reached = shares.cumsum(1)
     # The most likely token is always kept: nothing comes before it.
-    kept = (before < sampling.top_p).sum(1, keepdim=True)
+    kept = (reached - shares < sampling.top_p * _UNIT_SHARE).sum(1, keepdim=True)
     total = reached.gather(1, kept - 1)
     place = (reached <= uniforms[:, None] * total).sum(1, keepdim=True)
     return order.gather(1, torch.minimum(place, kept - 1)).squeeze(1)
