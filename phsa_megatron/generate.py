@@ -45,6 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     except PhsaError as error:
         print(f"phsa-generate: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("phsa_"):
+            raise
+        print(
+            f"phsa-generate: this command needs the package '{error.name}', which is not installed here; "
+            "install phsa-megatron[cpu] or phsa-megatron[gpu]",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("\nphsa-generate: interrupted", file=sys.stderr)
         return 130

@@ -37,18 +37,23 @@ CASES = {
     "dense always": shape_of((4, 2), 16, 2, lengths=SHORT, dense_len_tokens=10**6),
     "blocks of 32": shape_of((2, 1), 16, 2, init=32, local=32, lengths=(0, 31, 97, 320), block_tokens=32),
 }
+RAGGED = (1, 700, 8191, 16384, 0, 12345)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LARGE = (
-    [
-        shape_of((heads, kv), dim, topk, 128, 512, (1, 700, 8191, 16384, 0, 12345))
-        for heads, kv, dim in ((16, 8, 128), (32, 8, 128), (3, 1, 64), (16, 1, 128), (64, 8, 64))
-        for topk in (1, 2, 16, 64)
-    ]
+    [(shape_of((16, 8), 128, topk, 128, 512, RAGGED), BF16) for topk in (1, 2, 16, 64)]
     + [
-        shape_of((16, 8), 128, 2, 128, 512, (131072, 70001, 16), group_score=score, dense_len_tokens=dense)
-        for score, dense in (("softmax_sum", 0), ("raw_sum", 0), ("softmax_sum", 80000))
+        (shape_of((heads, kv), dim, topk, 128, 512, RAGGED), BF16)
+        for heads, kv, dim in ((32, 8, 128), (3, 1, 64), (16, 1, 128), (64, 8, 64))
+        for topk in (2, 16)
     ]
-    if torch.cuda.is_available()
-    else []
+    + [(shape_of((16, 8), 128, 2, 128, 512, RAGGED), FP16), (shape_of((3, 1), 64, 2, 128, 512, RAGGED), FP32)]
+    + [
+        (
+            shape_of((16, 8), 128, 2, 128, 512, (131072, 70001, 16), group_score=score, dense_len_tokens=n),
+            BF16,
+        )
+        for score, n in (("softmax_sum", 0), ("raw_sum", 0), ("softmax_sum", 80000))
+    ]
 )
 
 
@@ -329,8 +334,7 @@ def test_tensors_that_do_not_fit_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", LARGE, ids=map(str, LARGE))
+@pytest.mark.parametrize(("shape", "dtype"), LARGE)
 def test_full_head_shapes_on_the_device(shape, dtype):
     caches = Caches(shape, dtype, device="cuda")
     found = caches.run("triton")
