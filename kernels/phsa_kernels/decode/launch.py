@@ -174,5 +174,6 @@ def attend(
     combine_kernel[(batch * q.shape[1],)](
         lengths, part, peak, total, out, lse, splits, triton.cdiv(sparse_slots, split_keys),
         split_keys, method.dense_len, HKV=num_kv_heads, GROUP=heads["GROUP"], D=head_dim,
-        B=_COMBINED_SPLITS, num_warps=1,
+        B=_COMBINED_SPLITS,
+        num_warps=1 if splits <= _COMBINED_SPLITS else 4,
     )  # fmt: skip
