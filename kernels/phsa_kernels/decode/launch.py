@@ -113,7 +113,7 @@ def _heads(q: Tensor, num_kv_heads: int) -> dict[str, int]:
 
 def choose(q: Tensor, pooled: Tensor, lengths: Tensor, method: Method) -> Tensor:
     """Return the best k candidates of every chunk, int64 [pairs, chunks, k], as comparable keys."""
-    tile = tiles.TILES
+    tile = tiles.tiles_for(q.device, q.dtype)
     batch, num_blocks, num_kv_heads, head_dim = pooled.shape
     pairs, heads = batch * num_kv_heads, _heads(q, num_kv_heads)
     num_steps = triton.cdiv(num_blocks, tile.score_blocks)
@@ -151,7 +151,7 @@ def attend(
     ids: Tensor,
 ) -> None:
     """Fill out, lse and ids."""
-    tile = tiles.TILES
+    tile = tiles.tiles_for(q.device, q.dtype)
     batch, _, num_kv_heads, head_dim = k_cache.shape
     pairs, heads = batch * num_kv_heads, _heads(q, num_kv_heads)
     sparse_slots = method.init + method.local + method.topk * method.block

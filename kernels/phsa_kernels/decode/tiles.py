@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -31,6 +32,15 @@ class DecodeTiles:
 
 
 TILES = DecodeTiles()
+# Of a product in full precision, which has no tensor core: larger ones take minutes to compile (NOTES.md).
+_FULL_PRECISION = {"score_blocks": 16, "attend_keys": 16, "num_stages": 1}
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype) -> DecodeTiles:
+    """Return the tiles for operands of a dtype on a device: small ones for fp32 on a GPU."""
+    if device.type == "cuda" and dtype == torch.float32:
+        return dataclasses.replace(TILES, **_FULL_PRECISION)
+    return TILES
 
 
 @functools.cache
