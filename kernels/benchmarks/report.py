@@ -16,9 +16,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows):
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
+DECODE_COLUMNS = (
+    "heads_q", "heads_kv", "seq_len_tokens", "batch", "topk", "stage", "ours_ms", "roofline_ms", "dense_ms",
+    "dense", "ratio",
+)  # fmt: skip
+
+
+def table(rows, columns=COLUMNS):
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -66,13 +72,42 @@ def plot(rows, path):
     figure.savefig(path, dpi=130)
 
 
-def write_report(rows, folder):
+def plot_decode(rows, path):
+    figure, axis = pyplot.subplots(figsize=(6, 4.2))
+    for batch in sorted({row["batch"] for row in rows}):
+        for topk in (2, 16):
+            wanted = {"stage": "attention", "heads_q": 16, "topk": topk, "batch": batch}
+            mine = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+            points = sorted((row["seq_len_tokens"], row["ratio"]) for row in mine)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"batch {batch}, k = {topk}")
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", title="one token, 16/8 heads")
+    axis.set_ylabel("times as fast as dense decoding")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def headline(rows):
     first = rows[0]
-    head = (
+    return (
         f"{first['device']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}\n\n"
     )
-    (folder / "h100.md").write_text(head + table(rows))
-    plot(rows, folder / "h100.png")
+
+
+def write_report(rows, folder):
+    """Write the table of all rows, and plots of those of whole sequences and of one token a sequence."""
+    whole = [row for row in rows if row["pass"] != "decode"]
+    decode = [row for row in rows if row["pass"] == "decode"]
+    text = ""
+    if whole:
+        text += headline(whole) + table(whole)
+        plot(whole, folder / "h100.png")
+    if decode:
+        text += f"\n## One token a sequence\n{headline(decode)}" + table(decode, DECODE_COLUMNS)
+        plot_decode(decode, folder / "h100_decode.png")
+    (folder / "h100.md").write_text(text)
 
 
 if __name__ == "__main__":

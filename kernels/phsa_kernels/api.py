@@ -1,4 +1,6 @@
-"""The one public door: four ops with an explicit `impl=`, validated here and nowhere else.
+"""The one public door: ops with an explicit `impl=`, whose arguments are checked here and nowhere else.
+
+The ops below are for whole documents. Those of generation, one token a sequence, come from `decode/door.py`.
 
 Letters: T tokens of all documents in the call, Tq query tokens, Tk key tokens, Hq query heads, Hkv key-value
 heads, R = Hq / Hkv, D head dim, m = block_tokens, N documents, NB = Tk // m rows of pooled blocks,
@@ -16,16 +18,24 @@ An implementation is used or refused: an unknown `impl`, a device or a shape tha
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from phsa_kernels.checks import IMPLS as IMPLS
+from phsa_kernels.checks import check_heads as _check_heads
+from phsa_kernels.checks import check_index as _check_index
+from phsa_kernels.checks import check_windows as _check_windows
+from phsa_kernels.checks import implementation as _implementation
+from phsa_kernels.checks import require as _require
+from phsa_kernels.decode.door import DecodeOutput as DecodeOutput
+from phsa_kernels.decode.door import append_keys as append_keys
+from phsa_kernels.decode.door import decode_attention as decode_attention
+
 POOL_KINDS = ("mean", "moments", "minmax", "halves")
 GROUP_SCORES = ("softmax_sum", "raw_sum", "per_head")
 SCORES = ("dot", "cumulant", "minmax", "max_of_two")
-IMPLS = ("reference", "triton")
 
 
 class PHSAOutput(NamedTuple):
@@ -47,58 +57,6 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
     token = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     doc = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return (token - cu_seqlens[doc]).to(torch.int32), doc.to(torch.int32)
-
-
-def _implementation(impl: str) -> ModuleType:
-    if impl == "reference":
-        from phsa_kernels import reference
-
-        return reference
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} is unknown; use one of {', '.join(IMPLS)}")
-    try:
-        from phsa_kernels import triton_backend
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise NotImplementedError("impl='triton' needs the package triton, which is not installed") from error
-    return triton_backend
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_windows(block_tokens: int, init_tokens: int, local_tokens: int) -> None:
-    _require(block_tokens >= 1, f"block_tokens={block_tokens} must be at least 1")
-    _require(
-        init_tokens >= 0 and init_tokens % block_tokens == 0,
-        f"init_tokens={init_tokens} must be a multiple of block_tokens={block_tokens}, or 0",
-    )
-    _require(
-        local_tokens >= block_tokens and local_tokens % block_tokens == 0,
-        f"local_tokens={local_tokens} must be a positive multiple of block_tokens={block_tokens}: "
-        "the current block is always attended to",
-    )
-
-
-def _check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
-    _require(q.dim() == 3, f"q must be [Tq, Hq, D], got {tuple(q.shape)}")
-    _require(q.shape[2] == head_dim, f"q has head dim {q.shape[2]}, keys have {head_dim}")
-    _require(
-        num_kv_heads > 0 and q.shape[1] % num_kv_heads == 0,
-        f"{q.shape[1]} query heads do not divide among {num_kv_heads} key-value heads",
-    )
-
-
-def _check_index(name: str, tensor: Tensor, length: int | None = None) -> None:
-    _require(
-        tensor.dim() == 1 and tensor.dtype == torch.int32,
-        f"{name} must be a 1-D int32 tensor, got {tuple(tensor.shape)} {tensor.dtype}",
-    )
-    if length is not None:
-        _require(len(tensor) == length, f"{name} has {len(tensor)} entries, expected {length}")
 
 
 def pool(

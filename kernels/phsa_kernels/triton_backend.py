@@ -17,29 +17,33 @@ MAX_TOPK = 64
 INTERPRETED = not isinstance(forward_kernel, JITFunction)
 
 
-def _supported(ok: bool, what: str, supported: str) -> None:
+def supported(ok: bool, what: str, served: str) -> None:
+    """Refuse by name what no kernel serves."""
     if not ok:
-        raise NotImplementedError(f"{what}: impl='triton' supports {supported}")
+        raise NotImplementedError(f"{what}: impl='triton' supports {served}")
 
 
-def _check(x: Tensor, block_tokens: int) -> None:
-    _supported(
+def check(x: Tensor, block_tokens: int) -> None:
+    """Refuse a device, dtype, head dim or block that no kernel serves."""
+    supported(
         x.is_cuda or (INTERPRETED and x.device.type == "cpu"),
         f"tensors on {x.device.type}",
         "CUDA devices (and the CPU through Triton's interpreter, if TRITON_INTERPRET=1 is set at import)",
     )
-    _supported(x.dtype in DTYPES, f"dtype {x.dtype}", ", ".join(str(dtype) for dtype in DTYPES))
-    _supported(x.shape[2] in HEAD_DIMS, f"head dim {x.shape[2]}", f"head dims {HEAD_DIMS}")
-    _supported(block_tokens in BLOCKS, f"block_tokens={block_tokens}", f"block_tokens in {BLOCKS}")
+    supported(x.dtype in DTYPES, f"dtype {x.dtype}", ", ".join(str(dtype) for dtype in DTYPES))
+    supported(x.shape[2] in HEAD_DIMS, f"head dim {x.shape[2]}", f"head dims {HEAD_DIMS}")
+    supported(block_tokens in BLOCKS, f"block_tokens={block_tokens}", f"block_tokens in {BLOCKS}")
 
 
-def _check_group(q: Tensor, num_kv_heads: int) -> None:
+def check_group(q: Tensor, num_kv_heads: int) -> None:
+    """Refuse more query heads a key-value head than a tile holds."""
     group = q.shape[1] // num_kv_heads
-    _supported(group <= MAX_GROUP, f"{group} query heads a key-value head", f"1 to {MAX_GROUP}")
+    supported(group <= MAX_GROUP, f"{group} query heads a key-value head", f"1 to {MAX_GROUP}")
 
 
-def _check_scale(softmax_scale: float) -> None:
-    _supported(softmax_scale > 0, f"softmax_scale={softmax_scale}", "scales above 0")
+def check_scale(softmax_scale: float) -> None:
+    """Refuse scales that turn a maximum into a minimum."""
+    supported(softmax_scale > 0, f"softmax_scale={softmax_scale}", "scales above 0")
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -48,8 +52,8 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
     """Return the pooled keys; see `phsa_kernels.api.pool`. No gradient: selection passes none."""
-    _supported(kind == "mean", f"kind={kind!r}", "kind='mean'")
-    _check(k, block_tokens)
+    supported(kind == "mean", f"kind={kind!r}", "kind='mean'")
+    check(k, block_tokens)
     if weights is not None:
         weights = weights.detach().contiguous()
     pooled: Tensor = ops.pool(_rows_contiguous(k.detach()), weights, cu_seqlens, block_tokens)
@@ -72,17 +76,15 @@ def select(
     softmax_scale: float,
 ) -> Tensor:
     """Return the chosen blocks; see `phsa_kernels.api.select`."""
-    _supported(
-        score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'"
-    )
-    _supported(
+    supported(score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'")
+    supported(
         group_score in {"softmax_sum", "raw_sum"}, f"group_score={group_score!r}", "softmax_sum and raw_sum"
     )
-    _supported(topk <= MAX_TOPK, f"topk={topk}", f"topk up to {MAX_TOPK}")
-    _check(q, block_tokens)
-    _supported(pooled.dtype == q.dtype, f"q {q.dtype} with pooled keys {pooled.dtype}", "one dtype")
-    _check_group(q, pooled.shape[1])
-    _check_scale(softmax_scale)
+    supported(topk <= MAX_TOPK, f"topk={topk}", f"topk up to {MAX_TOPK}")
+    check(q, block_tokens)
+    supported(pooled.dtype == q.dtype, f"q {q.dtype} with pooled keys {pooled.dtype}", "one dtype")
+    check_group(q, pooled.shape[1])
+    check_scale(softmax_scale)
     ids: Tensor = ops.select(
         _rows_contiguous(q.detach()),
         _rows_contiguous(pooled.detach()),
@@ -116,12 +118,12 @@ def attend(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse); see `phsa_kernels.api.attend`. A query's ids must be ascending, as from `select`."""
-    _check(k, block_tokens)
-    _supported(q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "one dtype")
-    _check_group(q, k.shape[1])
-    _check_scale(softmax_scale)
-    _supported(ids.shape[1] == k.shape[1], f"ids of {ids.shape[1]} heads", "ids by key-value head")
-    _supported(ids.shape[2] <= MAX_TOPK, f"{ids.shape[2]} ids a query", f"up to {MAX_TOPK}")
+    check(k, block_tokens)
+    supported(q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}", "one dtype")
+    check_group(q, k.shape[1])
+    check_scale(softmax_scale)
+    supported(ids.shape[1] == k.shape[1], f"ids of {ids.shape[1]} heads", "ids by key-value head")
+    supported(ids.shape[2] <= MAX_TOPK, f"{ids.shape[2]} ids a query", f"up to {MAX_TOPK}")
     out, lse, _, _ = ops.attend(
         _rows_contiguous(q),
         _rows_contiguous(k),

@@ -23,6 +23,7 @@ from phsa_megatron.attention.added_losses import ALIGN
 from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.context_parallel import ContextShard
 from phsa_megatron.attention.dense_attention import Window, dense, dense_sharded
+from phsa_megatron.attention.kv_cache import DecodeStep
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.schema import AttentionConfig, ParallelConfig, Selector
@@ -94,7 +95,7 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: SideInfo | None = None,
+        packed_seq_params: SideInfo | DecodeStep | None = None,
     ) -> Tensor:
         """Return the attention output [S / CP, b, Hq * D].
 
@@ -105,16 +106,29 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
             attention_mask: must be None: documents and causality come from the side information.
             attn_mask_type: None or causal.
             attention_bias: must be None.
-            packed_seq_params: the SideInfo of this micro-batch.
+            packed_seq_params: the SideInfo of this micro-batch, or the DecodeStep of one new token a row.
 
         Raises:
             TypeError: there is no SideInfo.
             ValueError: its shape is not that of the queries, or a mask or bias is given.
         """
+        if isinstance(packed_seq_params, DecodeStep):
+            out = packed_seq_params.cache.attend(
+                self.layer_number,
+                query[0],
+                key[0],
+                value[0],
+                packed_seq_params,
+                is_dense=self._is_dense_layer(),
+                softmax_scale=self.softmax_scale,
+            )
+            return out.flatten(1).unsqueeze(0)
         side_info = self._checked(query, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         side_info = side_info.at_mtp_depth(self.mtp_depth)
         flat = _flat(query), _flat(key), _flat(value)
         own_tokens, num_rows = query.shape[:2]
+        if side_info.prompt_cache is not None:
+            side_info.prompt_cache.keep(self.layer_number, flat[1], flat[2], side_info)
         if self.context_groups is None:
             out = self._attend(*flat, side_info)
         else:
@@ -127,6 +141,10 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
             )
             out = self._attend_sharded(*flat, side_info, shard)
         return out.reshape(num_rows, own_tokens, -1).transpose(0, 1).contiguous()
+
+    def _is_dense_layer(self) -> bool:
+        """Return whether this layer attends to everything, whatever the pass."""
+        raise NotImplementedError
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         """Return [T, Hq, D] for query [T, Hq, D], key and value [T, Hkv, D], row after row."""
@@ -177,7 +195,7 @@ class PHSACoreAttention(_DocumentAttention):
     """
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
-        in_list = self._in_dense_list()
+        in_list = self._is_dense_layer()
         losses = side_info.losses
         aligns = losses is not None and losses.wants(ALIGN) and not in_list
         if in_list or side_info.is_dense:
@@ -225,7 +243,7 @@ class PHSACoreAttention(_DocumentAttention):
         self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, shard: ContextShard
     ) -> Tensor:
         settings = self.attention
-        if self._in_dense_list() or side_info.is_dense:
+        if self._is_dense_layer() or side_info.is_dense:
             return dense_sharded(query, key, value, side_info, shard, self.softmax_scale)
         if settings.selector == Selector.dense_window:
             return dense_sharded(query, key, value, side_info, shard, self.softmax_scale, *self._sliding())
@@ -297,12 +315,15 @@ class PHSACoreAttention(_DocumentAttention):
         settings = self.attention
         return Window(settings.init_tokens, settings.local_tokens), settings.dense_len_tokens
 
-    def _in_dense_list(self) -> bool:
+    def _is_dense_layer(self) -> bool:
         return self.mtp_depth == 0 and self.layer_number in self.attention.dense_layers
 
 
 class DenseCoreAttention(_DocumentAttention):
     """Full causal attention inside every document (`dense_attention.py`)."""
+
+    def _is_dense_layer(self) -> bool:
+        return True
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo) -> Tensor:
         return dense(query, key, value, side_info, self.softmax_scale)

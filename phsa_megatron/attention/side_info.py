@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phsa_kernels.api import token_positions
 from phsa_megatron.attention.controls import branch_flags
+from phsa_megatron.attention.kv_cache import PromptCache
 from phsa_megatron.attention.pool_weights import pool_weights
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.config.schema import AttentionConfig
@@ -90,6 +91,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """Collects the losses that layers add to the cross-entropy in training; None where there are none."""
     layer_input: Any = None
     """A `layer_input.LayerInput`: that of the layer which reads this, where its selector needs it."""
+    prompt_cache: PromptCache | None = None
+    """Keeps the keys and values of a pass over prompts that are to be continued."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod

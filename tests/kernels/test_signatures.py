@@ -1,4 +1,4 @@
-"""The four ops are a public door: their signatures change only together with this table."""
+"""The ops are a public door: their signatures change only together with this table."""
 
 import inspect
 
@@ -36,6 +36,17 @@ SIGNATURES = {
             "softmax_scale": None, "q_pos": None, "q_doc": None, "impl": "reference",
         },
     },
+    "append_keys": {
+        "k": ..., "v": ..., "marks": ..., "lengths": ..., "k_cache": ..., "v_cache": ..., "pooled_cache": ...,
+        "open_sums": ..., "open_marks": ...,
+        "*": {"block_tokens": 16, "mean_weight_frac": 0.5, "impl": "reference"},
+    },
+    "decode_attention": {
+        "q": ..., "k_cache": ..., "v_cache": ..., "pooled_cache": ..., "lengths": ...,
+        "*": WINDOWS | {
+            "group_score": "softmax_sum", "dense_len_tokens": 0, "softmax_scale": None, "impl": "reference",
+        },
+    },
 }  # fmt: skip
 
 
@@ -66,11 +77,11 @@ def test_door_and_package_are_one(name):
 
 
 def test_no_other_op_is_public():
-    assert set(phsa_kernels.__all__) == set(SIGNATURES) | {"PHSAOutput"}
+    assert set(phsa_kernels.__all__) == set(SIGNATURES) | {"PHSAOutput", "DecodeOutput"}
 
 
 def test_output_names_are_frozen():
-    assert api.PHSAOutput._fields == ("out", "lse", "ids")
+    assert api.PHSAOutput._fields == api.DecodeOutput._fields == ("out", "lse", "ids")
     assert api.IMPLS == ("reference", "triton")
 
 

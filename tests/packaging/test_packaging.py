@@ -99,6 +99,7 @@ def test_editable_install_reads_the_checkout(bare_python: Path, tmp_path: Path) 
     ("imported", "forbidden"),
     [
         ("phsa_megatron.cli", "torch numpy megatron phsa_kernels"),
+        ("phsa_megatron.generate", "torch numpy megatron phsa_kernels"),
         ("phsa_megatron.config.validate", "torch numpy megatron phsa_kernels"),
         ("phsa_launch.cli", "torch numpy megatron phsa_kernels"),
         ("phsa_kernels", "megatron phsa_megatron triton hydra"),
