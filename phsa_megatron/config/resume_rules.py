@@ -108,6 +108,9 @@ RULES: dict[str, ResumeRule] = {
     "data.eod_token": _TOKENS,
     "data.isolate_documents": _ATTENTION,
     "data.max_documents_per_sequence": _TOKENS,
+    "data.skip_sequences": ResumeRule(
+        True, "sequences ahead are passed over; a change behind the checkpoint is refused when it is loaded"
+    ),
     "data.sources": _ORDER,
     "data.sources.*.weight": _ORDER,
     "data.sources.*.domain": _WATCHING,
@@ -185,6 +188,13 @@ RULES: dict[str, ResumeRule] = {
     "monitoring.wandb.mode": _WATCHING,
     "monitoring.wandb.project": _WATCHING,
     "monitoring.wandb.entity": _WATCHING,
+    **{
+        f"monitoring.alerts.{name}": _WATCHING
+        for name in (
+            "enabled", "loss_spike_nats", "loss_spike_sigmas", "throughput_drop_frac", "straggler_ratio",
+            "patience_records", "stall_frac",
+        )
+    },
     "health.watchdog": _WATCHING,
     "health.heartbeat_every_s": _WATCHING,
     "health.start_timeout_s": _WATCHING,

@@ -37,6 +37,7 @@ class RunFolder:
         self.logs_dir = self.path / "logs"
         self.wandb_dir = self.path / "wandb"
         self.replay_dir = self.path / "replay"
+        self.alerts_dir = self.path / "alerts"
         self.heartbeats_dir = self.path / "heartbeats"
         self.preflight_dir = self.path / "preflight"
         self.bad_nodes = self.path / "bad_nodes"

@@ -100,15 +100,37 @@ METRICS: dict[str, Metric] = {
             "perf/mfu_selected_frac",
             "fraction",
             _WINDOW,
-            "FLOPs the run's own attention needs, over what the devices could do at cluster.peak_tflops. "
-            "Left out without a peak; never above 1.",
+            "FLOPs the run's own attention needs for the documents that were read, of their real lengths and at "
+            "the k of each step, over what the devices could do at cluster.peak_tflops. Left out without a "
+            "peak; never above 1.",
         ),
         Metric(
             "perf/dense_equiv_tflops",
             "TFLOP/s per device",
             _WINDOW,
-            "FLOPs that full causal attention would have needed for the same tokens: speed, not utilization.",
+            "FLOPs that full causal attention would have needed for the same documents: speed, not utilization.",
         ),
+        *(
+            Metric(
+                f"perf/{phase}_s",
+                "s",
+                "mean over processes and over the steps since the last record",
+                f"Time in {what}; on a GPU by the device's clock. Waiting for other processes in it is included.",
+            )
+            for phase, what in (
+                ("forward", "the forward passes of a step"),
+                ("backward", "the backward passes of a step, recomputation and overlapped reduction included"),
+                ("optimizer", "a step's gradient norm, clipping, update and gathering of weights"),
+            )
+        ),
+        Metric(
+            "perf/slowest_ratio",
+            "ratio",
+            "largest over processes, since the last record",
+            "Own time of a process (its data and forward passes) over the median of its pipeline stage: "
+            "1 is even; what is far above holds all others up.",
+        ),
+        Metric("perf/slowest_rank", "rank", "that of perf/slowest_ratio", "The process with that ratio."),
         Metric(
             "perf/context_sent_bytes_per_layer",
             "bytes",

@@ -10,6 +10,7 @@ import platform
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.monitoring.alerts import Alert
 from phsa_megatron.monitoring.metrics import lookup
 from phsa_megatron.monitoring.records import START_EVENT
 from phsa_megatron.monitoring.wandb_run import WandbRun, start_wandb
@@ -93,8 +95,8 @@ class Recorder:
         Args:
             kind: What happened. The report knows `start`, `resume`, `checkpoint_requested`,
                 `checkpoint_committed`, `stop_request`, `evaluation`, `baselines` (`unigram_entropy_nats`,
-                `bigram_entropy_nats`), `sample` (`prompt`, `text`), `error` (`text`) and `end` (`reason`),
-                and lists any other kind with its fields.
+                `bigram_entropy_nats`), `sample` (`prompt`, `text`), `alert` (`alert`, `text`, `file`),
+                `error` (`text`) and `end` (`reason`), and lists any other kind with its fields.
             step: Optimizer steps done at that moment, if there is such a number.
             **fields: JSON values.
 
@@ -111,6 +113,18 @@ class Recorder:
             return
         where = {} if step is None else {"step": step}
         self._append({"event": kind, "time": time.time(), **where, **fields})
+
+    def alert(self, alert: Alert, file: str | None) -> None:
+        """Record an alert as an event, and send it to W&B; from any thread, and without ever raising.
+
+        Args:
+            alert: what happened.
+            file: where its details are.
+        """
+        with suppress(TrainingError):
+            self.event("alert", step=alert.step, alert=alert.kind, text=alert.text, file=file)
+        if self._wandb is not None:
+            self._wandb.alert(alert.kind, alert.text)
 
     def close(self) -> None:
         """Close the file and finish the W&B run; calling it again does nothing."""

@@ -52,6 +52,15 @@ class WandbRun:
         except Exception as error:  # Whatever W&B does, training goes on and metrics.jsonl is complete.
             self._give_up("log", error)
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert: W&B mails it or posts it where its settings say; an offline run sends it when synced."""
+        if self._failed:
+            return
+        try:
+            self._run.alert(title=title, text=text, level="WARN")
+        except Exception as error:
+            self._give_up("alert", error)
+
     def close(self) -> None:
         """Finish the run and print the upload command of an offline one."""
         try:

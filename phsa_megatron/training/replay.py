@@ -63,10 +63,7 @@ def write_replay(run: Run, error: NonFiniteStepError, rng: dict[str, Any]) -> Tr
             folder.config_file.write_text(compose.dump(run.config), encoding="utf-8")
             evidence = {
                 "step": error.step,
-                "loss_nats": repr(error.loss_nats),
-                "grad_norm": repr(error.grad_norm),
-                "parameters": {str(rank): names for rank, names in error.parameters.items()},
-                "sequences": error.sequences,
+                **error.evidence(),
                 "first_sequence": run.state.consumed_sequences,
                 "injected_faults": os.environ.get(VARIABLE),
                 "environment": environment(),
