@@ -25,6 +25,7 @@ from phsa_megatron.config.schema_cluster import Scheduler as Scheduler
 from phsa_megatron.config.schema_health import HealthConfig
 from phsa_megatron.config.schema_monitoring import AlertsConfig as AlertsConfig
 from phsa_megatron.config.schema_monitoring import MonitoringConfig as MonitoringConfig
+from phsa_megatron.config.schema_monitoring import ProfileConfig as ProfileConfig
 from phsa_megatron.config.schema_monitoring import WandbConfig as WandbConfig
 from phsa_megatron.config.schema_monitoring import WandbMode as WandbMode
 

@@ -47,6 +47,18 @@ class AlertsConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of some steps, in RUN/profile: what `phsa-train profile` sets."""
+
+    first_step: int = 0
+    """Number of the first step that is traced; 0 traces none."""
+    num_steps: int = 3
+    """Steps in the trace."""
+    memory: bool = True
+    """On a GPU, also a snapshot of the allocator's history over those steps."""
+
+
+@dataclass
 class MonitoringConfig:
     """What is measured and where it is written."""
 
@@ -56,11 +68,19 @@ class MonitoringConfig:
     """Steps between measurements of the attention mass that selection loses, in training; 0 never."""
     information_rows: int = 32
     """Queries that one such measurement looks at, per layer and micro-batch."""
+    norms_every_steps: int = 100
+    """Steps between records of gradient and weight norms by block of the model; 0 never."""
     progress: bool = True
     """Progress bar on a terminal; without a terminal, plain lines."""
     report: bool = True
     """Write report.html when the run ends or stops."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into RUN/tensorboard; needs the package tensorboard."""
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     """When somebody is told."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A trace of some steps."""
+    nvtx: bool = False
+    """Mark phases of the step as NVTX ranges, for Nsight Systems; they are in a profile's trace anyway."""

@@ -15,10 +15,15 @@ from dataclasses import dataclass
 
 DOMAIN = "<domain>"
 LAYER = "<n>"
+BLOCK = "<block>"
 STEP_AXIS = "progress/step"
 """The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
 
-_PLACEHOLDER_PATTERNS = {DOMAIN: r"[^/\s]+", LAYER: r"\d+"}
+_PLACEHOLDER_PATTERNS = {
+    DOMAIN: r"[^/\s]+",
+    LAYER: r"\d+",
+    BLOCK: r"embedding|layer_\d+|final_norm|mtp_\d+|output",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Metric:
     """One row of the table.
 
     Attributes:
-        name: What is logged; `<domain>` and `<n>` stand for a validation domain and a number.
+        name: What is logged; `<domain>`, `<n>` and `<block>` stand for a validation domain, a number and a
+            part of the model.
         unit: The unit of the value.
         reduction: How one value comes out of many tokens, steps or processes.
         meaning: One sentence for a person.
@@ -92,6 +98,18 @@ METRICS: dict[str, Metric] = {
             "elements",
             "sum over all weights",
             "Gradient elements that are exactly zero: a cheap checksum over all gradients.",
+        ),
+        Metric(
+            "optim/<block>/grad_norm",
+            "1",
+            "L2 norm over the block's weights, before clipping, every monitoring.norms_every_steps steps",
+            "Norm of the gradient of the embedding, of a layer, of the final norm or of the output layer.",
+        ),
+        Metric(
+            "optim/<block>/param_norm",
+            "1",
+            "L2 norm over the block's weights, every monitoring.norms_every_steps steps",
+            "Norm of the weights of a block, after the update.",
         ),
         Metric("perf/step_time_s", "s", "mean over the steps since the last record", "Wall time of a step."),
         Metric("perf/data_wait_s", "s", "sum since the last record", "Time the step waited for its batch."),
@@ -239,7 +257,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full "
+        "`<domain>` stands for a validation domain, `<n>` for a number, `<block>` for embedding, layer_1, "
+        "layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
         "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",

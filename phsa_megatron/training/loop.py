@@ -17,6 +17,7 @@ from phsa_megatron.training import information
 from phsa_megatron.training.alarms import Alarms
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
+from phsa_megatron.training.norms import norm_metrics
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.replay import write_replay
 from phsa_megatron.training.run import Run, faults_of, open_run, read_ahead
@@ -91,6 +92,8 @@ def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
         raise failure from error
     if recorder is not None:
         run.recorder.log(run.state.step, information.metrics(recorder, run.groups))
+    if _due(run, run.config.monitoring.norms_every_steps):
+        run.recorder.log(run.state.step, norm_metrics(run.parts, result.grad_norm))
     alarms.after_step(result, rng)
     return result
 

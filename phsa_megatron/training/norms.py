@@ -45,8 +45,8 @@ def block_norms(parts: Parts, grad_norm: float) -> dict[str, dict[str, float]]:
             continue
         gradient, weight, num_copies = owned
         row = sums[names.index(_block_of(name, parts))]
-        row[0] += gradient.double().square().sum() / num_copies
-        row[1] += weight.double().square().sum() / num_copies
+        row[0] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / num_copies
+        row[1] += torch.linalg.vector_norm(weight, dtype=torch.float64).square() / num_copies
         row[2] += 1
     return {
         name: {"grad_norm": unclip * grad**0.5, "param_norm": weight**0.5}
@@ -54,6 +54,15 @@ def block_norms(parts: Parts, grad_norm: float) -> dict[str, dict[str, float]]:
             names, parts.groups.sum_over_world(sums).tolist(), strict=True
         )
         if count
+    }
+
+
+def norm_metrics(parts: Parts, grad_norm: float) -> dict[str, float]:
+    """Returns `block_norms` under their names in the metrics table. Collective."""
+    return {
+        f"optim/{block}/{name}": value
+        for block, norms in block_norms(parts, grad_norm).items()
+        for name, value in norms.items()
     }
 
 

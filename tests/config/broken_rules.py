@@ -20,6 +20,8 @@ SMALL = {"optim.micro_batch_sequences": 1}
 BROKEN = [
     ("_run_name", {"run.name": "a/b"}, ["run.name='a/b'", "names a folder", "choose another"]),
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
+    ("_skip_list", {"data.skip_sequences": ["9-3"]}, ["data.skip_sequences", "'9-3'", "FIRST-LAST"]),
+    ("_skip_list", {"data.skip_sequences": ["a"]}, ["data.skip_sequences", "'a'", "such as '800-815'"]),
     ("_topk", {"attention.train_topk": 0}, ["attention.train_topk=0", "attention.kind=dense"]),
     ("_topk", {"attention.infer_topk": 0}, ["attention.infer_topk=0", "at least one block"]),
     ("_heads_divide", {"model.num_query_heads": 7}, ["num_query_heads=7", "num_kv_heads=2", "use 6 or 8"]),

@@ -11,6 +11,7 @@ import torch
 from phsa_megatron.config.errors import ConfigError, TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.alerts import read_alerts
+from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.training import loop, replay
 from phsa_megatron.training.faults import VARIABLE
 from tests.training.processes import run_processes
@@ -105,6 +106,31 @@ def test_lost_speed_leaves_its_file(tiny_config, run, monkeypatch):
     assert found[0]["fields"]["step_time_s"] > 1
 
 
+def _norms_add_up(ended, num_steps):
+    """Squares of block norms add up to the optimizer's own norm, which counts every weight once."""
+    values = read_records(ended.folder.metrics_file).values_by_step
+    for step in range(1, num_steps + 1):
+        blocks = [v for n, v in values[step].items() if n.count("/") == 2 and n.endswith("/grad_norm")]
+        assert len(blocks) == 4
+        assert math.hypot(*blocks) == pytest.approx(values[step]["optim/grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_norms_by_block_count_every_weight_once_under_tensor_parallelism(tiny_config):
+    config = tiny_config(
+        **{
+            "cluster.processes_per_node": 2,
+            "parallel.tensor_size": 2,
+            "monitoring.norms_every_steps": 1,
+            "run.train_steps": 4,
+        }
+    )
+    ended = run_processes(config, [0, 1])
+    assert ended.codes == [0, 0], ended.everything()
+    _norms_add_up(ended, 3)
+
+
+@pytest.mark.slow
 def test_a_stall_is_told_while_it_lasts_and_a_straggler_by_its_rank(tiny_config):
     """Two processes: rank 1 computes slowly for two records, and later stalls for longer than is allowed."""
     config = tiny_config(
@@ -113,6 +139,7 @@ def test_a_stall_is_told_while_it_lasts_and_a_straggler_by_its_rank(tiny_config)
             "run.train_steps": 6,
             "monitoring.alerts.patience_records": 2,
             "monitoring.alerts.stall_frac": 0.05,
+            "monitoring.norms_every_steps": 1,
             "health.heartbeat_every_s": 0.2,
             "health.step_timeout_s": 30.0,
         }
@@ -130,6 +157,7 @@ def test_a_stall_is_told_while_it_lasts_and_a_straggler_by_its_rank(tiny_config)
     lines = [json.loads(line) for line in ended.folder.metrics_file.read_text().splitlines()]
     slowest = {r["step"]: r["values"] for r in lines if "perf/slowest_rank" in r.get("values", {})}
     assert slowest[3]["perf/slowest_rank"] == 1 and slowest[3]["perf/slowest_ratio"] > 1.5
+    _norms_add_up(ended, 5)
     assert slowest[4]["perf/forward_s"] > 0.5 > slowest[6]["perf/forward_s"]
 
 
@@ -141,3 +169,20 @@ def test_the_loop_hands_every_step_to_the_alarms(tiny_config, run, monkeypatch):
     )
     run(tiny_config(**{"monitoring.log_every_steps": 3}))
     assert len(seen) == 6
+
+
+def test_skipped_sequences_are_passed_over_and_recorded_and_the_past_cannot_be_changed(tiny_config, run):
+    steady = {"optim.decay_steps": 0}  # no decay that moves with the end of the run
+    plain = run(tiny_config(**{"run.name": "plain", "run.train_steps": 4, **steady}))
+    config = tiny_config(**{"run.name": "skips", "run.train_steps": 3, "data.skip_sequences": ["4-7"], **steady})
+    first = run(config)
+    # Steps 2 and 3 read sequences 8 to 15: other text than sequences 4 to 11.
+    assert first.curve()[0] == plain.curve()[0] and first.curve()[1] != plain.curve()[1]
+    more = {"run.name": "skips", "run.train_steps": 5, **steady}
+    with pytest.raises(ConfigError, match="differs from the checkpoint's before sequence 16"):
+        run(tiny_config(**more))
+    with pytest.raises(ConfigError, match="What is trained on cannot be passed over"):
+        run(tiny_config(**more, **{"data.skip_sequences": ["4-7", "9"]}))
+    second = run(tiny_config(**more, **{"data.skip_sequences": ["4-7", "16-17"]}))
+    straight = run(tiny_config(**{**more, "run.name": "straight", "data.skip_sequences": ["4-7", "16-17"]}))
+    assert second.curve()[3:] == straight.curve()[3:]
