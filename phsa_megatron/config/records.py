@@ -36,11 +36,12 @@ class Event:
 
 @dataclass
 class Launch:
-    """One start of the run: when its first and last records were written, and its first logged step."""
+    """One start of the run: when its first and last records were written, its first and last logged step."""
 
     start_time: float
     last_time: float
     first_step: int | None = None
+    last_step: int | None = None
 
 
 @dataclass
@@ -127,6 +128,7 @@ def _take_values(records: Records, record: dict[str, Any], earlier_steps: list[i
         records.num_superseded_steps += 1
     if launch.first_step is None:
         launch.first_step = step
+    launch.last_step = step
     values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
     records.values_by_step.setdefault(step, {}).update(values)
     records.time_by_step[step] = record["time"]

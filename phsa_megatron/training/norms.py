@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -75,14 +74,13 @@ def _owned(parts: Parts, parameter: torch.nn.Parameter) -> tuple[Tensor, Tensor,
     ):
         return None
     gradient, weight = parameter.main_grad, parameter.detach()  # type: ignore[attr-defined]
-    for optimizer in parts.optimizer.chained_optimizers:
-        if isinstance(optimizer, DistributedOptimizer) and parameter in optimizer.model_param_gbuf_map:
-            buffer, dtype, bucket = optimizer.model_param_gbuf_map[parameter]
-            shards = optimizer.gbuf_ranges[buffer][dtype][bucket]["param_map"]
-            if parameter not in shards:
-                return None
-            span = shards[parameter]["param"]
-            return gradient.view(-1)[span.start : span.end], weight.view(-1)[span.start : span.end], 1
+    if parts.config.parallel.distributed_optimizer:
+        for optimizer in parts.optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_gbuf_map:  # it knows those of which it has a shard
+                buffer, dtype, bucket = optimizer.model_param_gbuf_map[parameter]
+                span = optimizer.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+                return gradient.view(-1)[span.start : span.end], weight.view(-1)[span.start : span.end], 1
+        return None
     collection = parts.groups.collection
     is_expert = not getattr(parameter, "allreduce", True)
     return gradient, weight, int((collection.expt_dp if is_expert else collection.dp_cp).size())
