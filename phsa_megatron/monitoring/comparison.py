@@ -36,13 +36,14 @@ _CURVES = (
     ("memory/peak_gib", "Peak memory", False),
     ("attention/kept_mass_frac", "Attention mass that is kept", False),
     ("attention/oracle_gain_frac", "What selection adds, of what it could", False),
+    ("attention/block_punctuation_frac", "Punctuation in all blocks", False),
     ("attention/topk", "Selected blocks", False),
 )
 """Metric, title, and whether it is smoothed."""
 _MAPS = (
     (SELECTED, "attention on the selected blocks"),
     ("attention/layer_<n>/kept_mass_frac", "attention mass that is kept"),
-    ("attention/layer_<n>/punctuation_selected_frac", "punctuation in the selected blocks"),
+    ("attention/layer_<n>/selected_punctuation_frac", "punctuation in the selected blocks"),
 )
 _NAMES_OF_A_RUN = ("run.name", "run.root_dir")
 

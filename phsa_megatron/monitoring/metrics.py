@@ -63,6 +63,7 @@ _TOKEN_MEAN = "mean over the loss tokens of all processes"
 _LAST = "value at the logged step"
 _WINDOW = "over the last updates of this process"
 _EVAL_MEAN = "mean over the evaluated queries, heads and processes"
+_SHAPE_MEAN = "mean over the selected blocks of the evaluated queries, heads, micro-batches and processes"
 _SAMPLED = "over sampled queries, heads and processes, every monitoring.information_every_steps steps"
 _INFORMATION = {
     "kept_mass_frac": "Share of the full causal softmax on the keys that are attended to",
@@ -200,6 +201,44 @@ METRICS: dict[str, Metric] = {
             "fraction",
             _EVAL_MEAN,
             "Queries that had to choose: more candidate blocks than top-k. Near 0, PHSA is only dense.",
+        ),
+        Metric(
+            "attention/block_punctuation_frac",
+            "fraction",
+            "mean over the complete blocks of the evaluated text",
+            "Share of punctuation among the tokens of all blocks: what the selected ones compare with.",
+        ),
+        *(
+            Metric(f"attention/layer_<n>/{name}", unit, _SHAPE_MEAN, meaning)
+            for name, unit, meaning in (
+                (
+                    "selected_punctuation_frac",
+                    "fraction",
+                    "Share of punctuation among the tokens of the selected blocks, in layer n.",
+                ),
+                (
+                    "selected_distance_blocks",
+                    "blocks",
+                    "Distance of a selected block from the query's own, in layer n.",
+                ),
+                (
+                    "neighbour_overlap_frac",
+                    "fraction",
+                    "Share of a query's selected blocks that the query before it selected too, in layer n.",
+                ),
+                (
+                    "selection_entropy_frac",
+                    "fraction",
+                    "Entropy of which blocks of a document are selected, over that of all its candidates alike, "
+                    "in layer n: near 0, all queries select the same few blocks.",
+                ),
+            )
+        ),
+        Metric(
+            "attention/distance_log2_<n>_frac",
+            "fraction",
+            _SHAPE_MEAN + " and layers",
+            "Share of the selected blocks that are 2^n to 2^(n+1) - 1 blocks away (n = 15: or further).",
         ),
         Metric(
             "attention/topk",
