@@ -105,8 +105,8 @@ def _neighbours(
 def _entropy(first: Tensor, chosen: Tensor, lengths: Tensor, side_info: SideInfo) -> tuple[Tensor, Tensor]:
     """Return relative entropies summed over (document, head), and how many of those there are.
 
-    Of a document whose blocks were chosen c_b times, N in all: log N - sum c_b log c_b / N, over the logarithm
-    of its number of candidates.
+    Of a document whose blocks were chosen c_b times, N in all: log N - sum c_b log c_b / N, over the log of
+    its number of candidates.
     """
     settings, num_heads = side_info.attention, first.shape[1]
     m, num_tokens = settings.block_tokens, side_info.token_ids.numel()

@@ -1,4 +1,4 @@
-"""FLOPs of a step of training, from the real lengths of its documents and the k that its layers selected with.
+"""FLOPs of a step of training, from the real lengths of its documents and the k of its layers.
 
 A packed sequence is not one document: attention never leaves a document, so that two documents of half the
 length need half the (query, key) pairs. Padding is no work that anybody wanted, and is not counted.

@@ -197,8 +197,13 @@ RULES: dict[str, ResumeRule] = {
     **{
         f"monitoring.alerts.{name}": _WATCHING
         for name in (
-            "enabled", "loss_spike_nats", "loss_spike_sigmas", "throughput_drop_frac", "straggler_ratio",
-            "patience_records", "stall_frac",
+            "enabled",
+            "loss_spike_nats",
+            "loss_spike_sigmas",
+            "throughput_drop_frac",
+            "straggler_ratio",
+            "patience_records",
+            "stall_frac",
         )
     },
     "health.watchdog": _WATCHING,

@@ -36,6 +36,8 @@ class RunFolder:
         self.checkpoints_dir = self.path / "checkpoints"
         self.logs_dir = self.path / "logs"
         self.wandb_dir = self.path / "wandb"
+        self.tensorboard_dir = self.path / "tensorboard"
+        self.profile_dir = self.path / "profile"
         self.replay_dir = self.path / "replay"
         self.alerts_dir = self.path / "alerts"
         self.heartbeats_dir = self.path / "heartbeats"

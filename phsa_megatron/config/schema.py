@@ -165,8 +165,8 @@ class DataConfig:
     """Fixed length of the boundary tensor; null derives seq_len_tokens / 16. Tokens of further documents
     in a sequence become padding without loss, and are counted."""
     skip_sequences: list[str] = field(default_factory=list)
-    """Training sequences to pass over, by number or FIRST-LAST, such as those of a loss spike; what is trained
-    on already cannot be passed over."""
+    """Training sequences to pass over, by number or FIRST-LAST, such as those of a loss spike; what is
+    trained on already cannot be passed over."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """The mixture, by source name."""
 

@@ -1,7 +1,7 @@
 """Training sequences that a run passes over: `data.skip_sequences`, and what may change in it on resume.
 
 A sequence keeps its number whether or not it is passed over, so that numbers in alerts, in `show-batch` and
-here mean the same text. A checkpoint records the list that its run had: what lies behind it cannot be changed.
+here mean the same text. A checkpoint records the list that its run had: what lies behind it cannot change.
 """
 
 from __future__ import annotations
@@ -61,13 +61,15 @@ def check_skip_list(recorded: Sequence[Range], wanted: Sequence[Range], consumed
         ConfigError: they differ in sequences that lie behind the checkpoint.
     """
     next_number = number_at(consumed_sequences - 1, recorded) + 1 if consumed_sequences else 0
-    before, after = ([r for r in (_until(r, next_number) for r in ranges) if r] for ranges in (recorded, wanted))
+    before, after = (
+        [r for r in (_until(r, next_number) for r in ranges) if r] for ranges in (recorded, wanted)
+    )
     if before != after:
         raise ConfigError(
-            f"data.skip_sequences differs from the checkpoint's before sequence {next_number}, where it stands: "
-            f"{_shown(wanted)} now, {_shown(recorded)} then. What is trained on cannot be passed over, nor "
-            "be brought back: keep that part of the list, and go back to an earlier checkpoint (move the later "
-            "folders out of RUN/checkpoints) to pass over sequences that came before."
+            f"data.skip_sequences differs from the checkpoint's before sequence {next_number}, where it "
+            f"stands: {_shown(wanted)} now, {_shown(recorded)} then. What is trained on cannot be passed "
+            "over, nor be brought back: keep that part of the list, and go back to an earlier checkpoint (move the "
+            "later folders out of RUN/checkpoints) to pass over sequences that came before."
         )
 
 

@@ -85,7 +85,7 @@ class SequenceOrder:
         return number_at(position, self._skipped)
 
     def sequence(self, position: int) -> Sequence:
-        """Return what the sequence at a position is made of; without a skip list its number is its position."""
+        """Return what the sequence at a position is made of; its number, unless some are passed over."""
         return self.sequence_at(self.number(position))
 
     def sequence_at(self, number: int) -> Sequence:

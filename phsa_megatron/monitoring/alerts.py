@@ -105,8 +105,8 @@ class SpikeRule:
                 alert = Alert(
                     "loss_spike",
                     step,
-                    f"loss {loss_nats:.4f} at step {step} is {loss_nats - median:.3f} nats above the median of "
-                    f"the last {len(self._losses)} steps ({median:.4f}); a spike is {rise:.3f}",
+                    f"loss {loss_nats:.4f} at step {step} is {loss_nats - median:.3f} nats above the median "
+                    f"of the last {len(self._losses)} steps ({median:.4f}); a spike is {rise:.3f}",
                     {"loss_nats": loss_nats, "median_nats": median, "sigma_nats": sigma, "rise_nats": rise},
                 )
             self._inside = high

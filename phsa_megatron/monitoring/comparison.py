@@ -20,7 +20,7 @@ from phsa_megatron.monitoring.metrics import METRICS, lookup
 from phsa_megatron.monitoring.plots import NARROW_INCHES, SERIES, WIDE_INCHES, Curves, Line, draw_curves
 from phsa_megatron.monitoring.records import Records
 from phsa_megatron.monitoring.report import RunData, flatten, read_run, shown, status, template, utc
-from phsa_megatron.monitoring.report_figures import SELECTED, FigureCard, heat_map
+from phsa_megatron.monitoring.report_figures import SELECTED, FigureCard, by_layer, heat_map
 
 _TOKENS = "progress/consumed_tokens"
 _CURVES = (
@@ -203,17 +203,28 @@ def _tokens_at(records: Records, steps: list[int]) -> list[int]:
 def _heat_maps(runs: list[Compared]) -> list[FigureCard]:
     cards = []
     for kind, (pattern, what) in enumerate(_MAPS):
+        limits = _limits(runs, pattern)
         for number, run in enumerate(runs):
-            title = f"{run.label}: {what}"
-            card = heat_map(run.records, pattern, title, METRICS[pattern].meaning, f"map-{kind}-{number}")
+            title, name = f"{run.label}: {what}", f"map-{kind}-{number}"
+            card = heat_map(run.records, pattern, title, METRICS[pattern].meaning, name, limits)
             if card is not None:
                 cards.append(FigureCard(card.title, card.note, card.svg))
     return cards
 
 
+def _limits(runs: list[Compared], pattern: str) -> tuple[float, float] | None:
+    """Return the smallest and the largest value in all runs: the same colour means the same share."""
+    names = [(run.records, name) for run in runs for name in by_layer(run.records, pattern).values()]
+    values = [value for records, name in names for value in records.series(name)[1] if math.isfinite(value)]
+    return (min(values), max(values)) if values else None
+
+
 def differences(runs: list[Compared]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Return every setting that is not the same in all runs: key, and for each run its value and whether it
-    differs from the first run's."""
+    """Return every setting that is not the same in all runs.
+
+    Returns:
+        Key, and for each run its value and whether that differs from the first run's.
+    """
     tables = [
         {key: value for group, values in run.data.config.items() for key, value in flatten(values, group)}
         for run in runs

@@ -19,6 +19,9 @@ BLOCK = "<block>"
 STEP_AXIS = "progress/step"
 """The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
 
+LAUNCH = "progress/launch"
+"""Which start of the run a row is of, in W&B: what a killed launch saw stays apart from what counts."""
+
 _PLACEHOLDER_PATTERNS = {
     DOMAIN: r"[^/\s]+",
     LAYER: r"\d+",
@@ -78,6 +81,13 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(STEP_AXIS, "steps", _LAST, "Optimizer steps done: the horizontal axis of every other metric."),
         Metric(
+            LAUNCH,
+            "launches",
+            _LAST,
+            "Number of the start of the run, from 1; in W&B only: steps made again after a restart have the "
+            "later number, and the higher one counts.",
+        ),
+        Metric(
             "progress/consumed_tokens",
             "tokens",
             "sum since step 0 over all processes",
@@ -119,26 +129,30 @@ METRICS: dict[str, Metric] = {
             "perf/mfu_selected_frac",
             "fraction",
             _WINDOW,
-            "FLOPs the run's own attention needs for the documents that were read, of their real lengths and at "
-            "the k of each step, over what the devices could do at cluster.peak_tflops. Left out without a "
+            "FLOPs the run's own attention needs for the documents that were read, of their real lengths "
+            "and at the k of each step, over what the devices could do at cluster.peak_tflops. Left out without a "
             "peak; never above 1.",
         ),
         Metric(
             "perf/dense_equiv_tflops",
             "TFLOP/s per device",
             _WINDOW,
-            "FLOPs that full causal attention would have needed for the same documents: speed, not utilization.",
+            "FLOPs that full causal attention would have needed for the same documents: speed, not "
+            "utilization.",
         ),
         *(
             Metric(
                 f"perf/{phase}_s",
                 "s",
                 "mean over processes and over the steps since the last record",
-                f"Time in {what}; on a GPU by the device's clock. Waiting for other processes in it is included.",
+                f"Time in {what}; on a GPU by the device's clock. Waiting for others in it is included.",
             )
             for phase, what in (
                 ("forward", "the forward passes of a step"),
-                ("backward", "the backward passes of a step, recomputation and overlapped reduction included"),
+                (
+                    "backward",
+                    "the backward passes of a step, recomputation and overlapped reduction included",
+                ),
                 ("optimizer", "a step's gradient norm, clipping, update and gathering of weights"),
             )
         ),
@@ -229,8 +243,8 @@ METRICS: dict[str, Metric] = {
                 (
                     "selection_entropy_frac",
                     "fraction",
-                    "Entropy of which blocks of a document are selected, over that of all its candidates alike, "
-                    "in layer n: near 0, all queries select the same few blocks.",
+                    "Entropy of which blocks of a document are selected, over that of all its candidates "
+                    "alike, in layer n: near 0, all queries select the same few blocks.",
                 ),
             )
         ),

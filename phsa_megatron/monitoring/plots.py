@@ -154,6 +154,7 @@ def draw_heat_map(
     layers: Sequence[int],
     shares: Sequence[Sequence[float]],
     inches: tuple[float, float] = NARROW_INCHES,
+    limits: tuple[float, float] | None = None,
 ) -> str:
     """Draw a share over time and layers.
 
@@ -163,6 +164,7 @@ def draw_heat_map(
         layers: Layer numbers, bottom to top.
         shares: `shares[layer][evaluation]`, fractions from 0 to 1, NaN where nothing was measured.
         inches: Width and height of the drawing.
+        limits: Fractions at the ends of the colours; None takes the smallest and the largest share.
 
     Returns:
         An `<svg>` element with the map as an embedded picture.
@@ -170,7 +172,16 @@ def draw_heat_map(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure(inches)
         percent = [[100 * share for share in row] for row in shares]
-        image = axes.imshow(percent, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
+        low, high = (None, None) if limits is None else (100 * limit for limit in limits)
+        image = axes.imshow(
+            percent,
+            aspect="auto",
+            origin="lower",
+            cmap="viridis",
+            interpolation="nearest",
+            vmin=low,
+            vmax=high,
+        )
         axes.grid(visible=False)
         for count, labels, set_ticks in (
             (2 * inches[0], [EngFormatter(sep="")(step) for step in steps], axes.set_xticks),

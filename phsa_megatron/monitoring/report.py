@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from dataclasses import dataclass
@@ -277,4 +276,5 @@ def _environment(records: Records) -> list[tuple[str, str]]:
 
 
 def utc(seconds: float) -> str:
+    """Return a time in seconds since 1970 for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -13,9 +13,9 @@ from phsa_megatron.monitoring.report import write_report
 _DESCRIPTION = """\
 Write a page that opens anywhere, from runs that are finished, stopped or still running.
 
-  phsa-train report RUN                    RUN/report.html
-  phsa-train report RUN RUN ...            comparison.html: curves, selection by layer and time, speed, restarts,
-                                           alerts, and the settings that differ
+  phsa-train report RUN            RUN/report.html
+  phsa-train report RUN RUN ...    comparison.html: curves, selection by layer and time, speed, restarts,
+                                   alerts, and the settings that differ
 """
 
 
@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
     if len(folders) == 1:
         print(write_report(folders[0]))
     else:
-        page = write_comparison(
-            folders, arguments.output, smoothing=arguments.smoothing, axis=arguments.axis
-        )
+        page = write_comparison(folders, arguments.output, smoothing=arguments.smoothing, axis=arguments.axis)
         print(page)
     return 0

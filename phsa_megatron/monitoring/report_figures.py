@@ -166,7 +166,14 @@ def _heat_map(records: Records) -> FigureCard | None:
     return heat_map(records, SELECTED, "Selected share over time", note, "selected-over-time")
 
 
-def heat_map(records: Records, pattern: str, title: str, note: str, name: str) -> FigureCard | None:
+def heat_map(
+    records: Records,
+    pattern: str,
+    title: str,
+    note: str,
+    name: str,
+    limits: tuple[float, float] | None = None,
+) -> FigureCard | None:
     """Draw a share by layer and time; None without two measurements.
 
     Args:
@@ -175,6 +182,7 @@ def heat_map(records: Records, pattern: str, title: str, note: str, name: str) -
         title: Of the figure.
         note: How to read it.
         name: Makes the ids in the drawing unique.
+        limits: Fractions at the ends of the colours, where several maps are compared.
     """
     names = by_layer(records, pattern)
     if not names:
@@ -185,7 +193,7 @@ def heat_map(records: Records, pattern: str, title: str, note: str, name: str) -
     values_by_layer = [dict(zip(*records.series(metric), strict=True)) for metric in names.values()]
     shares = [[values.get(step, math.nan) for step in steps] for values in values_by_layer]
     svgs = [
-        draw_heat_map(f"{name}-{size}", steps, list(names), shares, inches)
+        draw_heat_map(f"{name}-{size}", steps, list(names), shares, inches, limits)
         for size, inches in (("narrow", NARROW_INCHES), ("wide", WIDE_INCHES))
     ]
     return FigureCard(title, note, *svgs)

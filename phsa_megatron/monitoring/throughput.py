@@ -122,8 +122,8 @@ class Throughput:
                 f"devices / peak; peak = cluster.peak_tflops = {self._peak_tflops:g} TFLOP/s a device"
             )
         lines += [
-            f"causal factor = n (n + 1) / 2 of n x n (query, key) pairs = {(length + 1) / (2 * length):.5f} at "
-            f"n = {length:,}: the pairs in the future are counted in neither number",
+            f"causal factor = n (n + 1) / 2 of n x n (query, key) pairs = {(length + 1) / (2 * length):.5f} "
+            f"at n = {length:,}: the pairs in the future are counted in neither number",
             "both count forward and backward without recomputation, from the real lengths of the packed "
             f"documents and the k of each step; a document of {length:,} tokens needs "
             f"{derived.flops_per_token_selected:.4g} FLOPs a token with this run's attention and "

@@ -86,7 +86,9 @@ class Alarms:
         """Tells of a stall, from the watchdog's thread; the main thread may never move again."""
         run, rank = self._run, self._run.groups.rank
         beats = heartbeat.read(run.folder.heartbeats_dir, run.groups.world_size)
-        alert = Alert("stall", run.progress.step, text, {"heartbeats": [b.where() for b in beats.values()]}, rank)
+        alert = Alert(
+            "stall", run.progress.step, text, {"heartbeats": [b.where() for b in beats.values()]}, rank
+        )
         path = self._write(alert)
         print(f"ALERT stall: rank {rank}: {text}", file=sys.stderr, flush=True)
         if rank == 0:
@@ -149,6 +151,11 @@ def _sequence_losses(run: Run, result: StepResult, consumed: int) -> list[tuple[
 def _documents(run: Run, number: int) -> list[dict[str, Any]]:
     sequence = run.train_reader.order.sequence_at(number)
     return [
-        {"source": sequence.source, "document": p.document, "first_token": p.first_token, "tokens": p.num_tokens}
+        {
+            "source": sequence.source,
+            "document": p.document,
+            "first_token": p.first_token,
+            "tokens": p.num_tokens,
+        }
         for p in sequence.pieces
     ]

@@ -18,6 +18,7 @@ from phsa_megatron.training.alarms import Alarms
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
 from phsa_megatron.training.norms import norm_metrics
+from phsa_megatron.training.profiling import StepProfiler
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.replay import write_replay
 from phsa_megatron.training.run import Run, faults_of, open_run, read_ahead
@@ -52,11 +53,16 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
         PhsaError: it cannot go on; the message says why and what to do.
     """
     progress = progress or Progress(faults=faults_of(config, groups.rank))
-    with open_run(config, groups, progress) as run, read_ahead(run) as prefetcher:
+    with (
+        open_run(config, groups, progress) as run,
+        read_ahead(run) as prefetcher,
+        profiler_of(run) as profiler,
+    ):
         alarms = Alarms(run)
         run.console.start(run.state.step)
         run.meter.start()
         while run.state.step < config.run.train_steps and not run.asked.exit:
+            profiler.before_step(run.state.step + 1)
             run.progress.enter("data", step=run.state.step + 1)
             batches = run.wait_for_batches(prefetcher)
             if batches is None:
@@ -77,6 +83,19 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
                 finish(run, evaluation)
                 return Outcome(True, run.state.step, "all steps are trained")
         return _leave(run)
+
+
+def profiler_of(run: Run) -> StepProfiler:
+    """Returns what traces the steps that the recipe names, on process 0."""
+    settings = run.config.monitoring
+    return StepProfiler(
+        settings.profile,
+        run.folder.profile_dir,
+        run.progress,
+        run.groups.device,
+        active=run.groups.rank == 0,
+        nvtx=settings.nvtx,
+    )
 
 
 def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:

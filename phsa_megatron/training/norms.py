@@ -49,9 +49,7 @@ def block_norms(parts: Parts, grad_norm: float) -> dict[str, dict[str, float]]:
         row[2] += 1
     return {
         name: {"grad_norm": unclip * grad**0.5, "param_norm": weight**0.5}
-        for name, (grad, weight, count) in zip(
-            names, parts.groups.sum_over_world(sums).tolist(), strict=True
-        )
+        for name, (grad, weight, count) in zip(names, parts.groups.sum_over_world(sums).tolist(), strict=True)
         if count
     }
 

@@ -145,8 +145,8 @@ class Watchdog:
         if now_s - moved_s > self._stall_frac * limit_s and moved_s != self._stall_told_of_s:
             self._stall_told_of_s = moved_s
             text = (
-                f"no progress for {now_s - moved_s:.0f} s at {self._heartbeat().where()}; health.{name} allows "
-                f"{limit_s:.0f} s"
+                f"no progress for {now_s - moved_s:.0f} s at {self._heartbeat().where()}; health.{name} "
+                f"allows {limit_s:.0f} s"
             )
             for listener in self._progress.on_stall:
                 listener(text)

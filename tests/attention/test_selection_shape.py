@@ -62,7 +62,9 @@ def _by_hand(info, ids, dense_len=0):
             if total and candidates > 1:
                 bits = -sum(c / total * math.log(c / total) for c in counts.values())
                 entropies.append(bits / math.log(candidates))
-    hist = [sum(1 for d in distances if 2**n <= d < 2 ** (n + 1)) / len(distances) for n in range(NUM_DISTANCES)]
+    hist = [
+        sum(1 for d in distances if 2**n <= d < 2 ** (n + 1)) / len(distances) for n in range(NUM_DISTANCES)
+    ]
     return SelectionShape(
         sum(chosen) / len(chosen), sum(distances) / len(distances), overlap / wanted,
         sum(entropies) / len(entropies), sum(blocks) / len(blocks), tuple(hist),

@@ -144,4 +144,6 @@ def test_sequences_that_are_passed_over_keep_their_numbers_and_change_no_fingerp
     assert shorter.sequence_at(4) == order.sequence(4)
     assert shorter.fingerprint == order.fingerprint
     valid = SequenceOrder(skipping, "valid")
-    assert [valid.sequence(n) for n in range(4)] == [SequenceOrder(plain, "valid").sequence(n) for n in range(4)]
+    assert [valid.sequence(n) for n in range(4)] == [
+        SequenceOrder(plain, "valid").sequence(n) for n in range(4)
+    ]

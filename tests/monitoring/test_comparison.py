@@ -89,7 +89,7 @@ def in_chromium(page_file, *options, timeout_s=60):
     """Open a page in a headless browser; return what it printed on (stdout, stderr)."""
     profile = page_file.parent / "browser"
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=3000", *options,
         page_file.resolve().as_uri(),
     ]  # fmt: skip
@@ -111,7 +111,7 @@ def test_a_browser_shows_every_plot_and_reports_no_error(page_file, finished_run
             "<script>addEventListener('load', () => { document.title = JSON.stringify("
             "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('svg')].filter("
             "s => s.getBoundingClientRect().width > 200 && s.getBoundingClientRect().height > 100 && "
-            "s.querySelectorAll('path, use').length > 5).length)) })</script>"
+            "s.querySelectorAll('path, use, image').length > 5).length)) })</script>"
         )
         probe.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
         dom, _ = in_chromium(probe, "--dump-dom", "--window-size=1280,2000")

@@ -23,7 +23,12 @@ def spiking_run(tiny_config, run, monkeypatch):
 
     def start(**overrides):
         config = tiny_config(
-            **{"run.train_steps": 24, "checkpoint.save_every_steps": 8, "checkpoint.keep_last": 9, **overrides}
+            **{
+                "run.train_steps": 24,
+                "checkpoint.save_every_steps": 8,
+                "checkpoint.keep_last": 9,
+                **overrides,
+            }
         )
         from phsa_megatron.monitoring.alerts import SpikeRule
 
@@ -174,7 +179,9 @@ def test_the_loop_hands_every_step_to_the_alarms(tiny_config, run, monkeypatch):
 def test_skipped_sequences_are_passed_over_and_recorded_and_the_past_cannot_be_changed(tiny_config, run):
     steady = {"optim.decay_steps": 0}  # no decay that moves with the end of the run
     plain = run(tiny_config(**{"run.name": "plain", "run.train_steps": 4, **steady}))
-    config = tiny_config(**{"run.name": "skips", "run.train_steps": 3, "data.skip_sequences": ["4-7"], **steady})
+    config = tiny_config(
+        **{"run.name": "skips", "run.train_steps": 3, "data.skip_sequences": ["4-7"], **steady}
+    )
     first = run(config)
     # Steps 2 and 3 read sequences 8 to 15: other text than sequences 4 to 11.
     assert first.curve()[0] == plain.curve()[0] and first.curve()[1] != plain.curve()[1]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from phsa_kernels import reference, selectors
 from torch.utils.flop_counter import FlopCounterMode
 
+from phsa_kernels import reference, selectors
 from phsa_megatron.attention import dense_attention
 from phsa_megatron.config.document_flops import DocumentFlops
 from phsa_megatron.data.batches import BatchReader
@@ -128,8 +128,10 @@ def test_k_of_each_step_and_layer_is_counted(tiny_config, open_groups):
 
     config = tiny_config(
         **{
-            "attention.topk_schedule": "random_layer", "attention.topk_choices": [1, 3],
-            "attention.topk_dense_steps": 1, "attention.dense_layers": [1],
+            "attention.topk_schedule": "random_layer",
+            "attention.topk_choices": [1, 3],
+            "attention.topk_dense_steps": 1,
+            "attention.dense_layers": [1],
         }  # fmt: skip
     )
     parameters = derive(config).parameters
