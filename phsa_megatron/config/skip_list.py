@@ -67,9 +67,9 @@ def check_skip_list(recorded: Sequence[Range], wanted: Sequence[Range], consumed
     if before != after:
         raise ConfigError(
             f"data.skip_sequences differs from the checkpoint's before sequence {next_number}, where it "
-            f"stands: {_shown(wanted)} now, {_shown(recorded)} then. What is trained on cannot be passed "
-            "over, nor be brought back: keep that part of the list, and go back to an earlier checkpoint (move the "
-            "later folders out of RUN/checkpoints) to pass over sequences that came before."
+            f"stands: {_shown(wanted)} now, {_shown(recorded)} then. What is trained on cannot be "
+            "passed over, nor be brought back: keep that part of the list, and go back to an earlier "
+            "checkpoint (move the later folders out of RUN/checkpoints) to pass over what came before."
         )
 
 

@@ -55,11 +55,16 @@ class Metric:
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
-    def _pattern(self) -> re.Pattern[str]:
+    @property
+    def pattern(self) -> str:
+        """Return a regular expression of the names that the row stands for."""
         pattern = re.escape(self.name)
         for placeholder, expression in _PLACEHOLDER_PATTERNS.items():
             pattern = pattern.replace(re.escape(placeholder), f"({expression})")
-        return re.compile(pattern)
+        return pattern
+
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
 
 
 _TOKEN_MEAN = "mean over the loss tokens of all processes"
@@ -129,9 +134,9 @@ METRICS: dict[str, Metric] = {
             "perf/mfu_selected_frac",
             "fraction",
             _WINDOW,
-            "FLOPs the run's own attention needs for the documents that were read, of their real lengths "
-            "and at the k of each step, over what the devices could do at cluster.peak_tflops. Left out without a "
-            "peak; never above 1.",
+            "FLOPs the run's own attention needs for the documents that were read, of their real "
+            "lengths and at the k of each step, over what the devices could do at cluster.peak_tflops. "
+            "Left out without a peak; never above 1.",
         ),
         Metric(
             "perf/dense_equiv_tflops",

@@ -13,16 +13,19 @@ from typing import Any
 
 from phsa_megatron.config.errors import DataError
 from phsa_megatron.config.records import NON_FINITE, LoggedRow, read_launches
+from phsa_megatron.config.resolved import load
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.metrics import LAUNCH, STEP_AXIS
 from phsa_megatron.monitoring.wandb_run import stable_run_id, sync_command
+from phsa_megatron.monitoring.wandb_workspace import build_workspace
 
 _DESCRIPTION = """\
 Read the offline W&B folders of a run without a server: one line a launch, whether its values are those of
 metrics.jsonl, and the command that uploads all of them into one W&B run.
 
-  phsa-train wandb RUN          what is there, and whether it is complete
-  phsa-train wandb RUN --json   every row: launch, step and values, a line each
+  phsa-train wandb RUN               what is there, and whether it is complete
+  phsa-train wandb RUN --json        every row: launch, step and values, a line each
+  phsa-train wandb RUN --workspace   save our layout of plots as a view of the project (needs a login)
 """
 
 
@@ -64,7 +67,7 @@ def _read(path: Path) -> OfflineLaunch:
     if ended.returncode:
         raise DataError(f"W&B cannot read {path}: {ended.stderr.strip() or ended.stdout.strip()}")
     records = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
-    run = next((record["run"] for record in records if record["type"] == "run"), {})
+    run: dict[str, Any] = next((record["run"] for record in records if record["type"] == "run"), {})
     rows, launch = [], None
     for record in records:
         if record["type"] == "history" and STEP_AXIS in record["history"]["item"]:
@@ -127,8 +130,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print every row")
+    parser.add_argument("--workspace", action="store_true", help="save our layout of plots on the server")
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.run)
+    if arguments.workspace:
+        workspace = build_workspace(load(folder.config_file).monitoring.wandb)
+        workspace.save()
+        print(workspace.url)
+        return 0
     launches = read_offline(folder.wandb_dir)
     if not launches:
         raise DataError(f"{folder.wandb_dir} holds no offline run: monitoring.wandb.mode=offline writes them")
