@@ -34,8 +34,8 @@ class PhaseClock:
             # Outside of a step nothing is timed: one mark ends the optimizer's, the next ones are not needed.
             if phase not in PHASES and (not self._marks or self._marks[-1][0] not in PHASES):
                 return
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()  # type: ignore[no-untyped-call]
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
             self._marks.append((phase, mark))
         else:
             self._marks.append((phase, time.perf_counter()))

@@ -118,7 +118,7 @@ class StepProfiler:
             if self._settings.memory:
                 torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
         self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
-        self._profile.__enter__()
+        self._profile.__enter__()  # type: ignore[no-untyped-call]
         self._ranges.recording = True
 
     def _stop(self, *, write: bool) -> None:
@@ -127,7 +127,7 @@ class StepProfiler:
         self._ranges.recording = False
         if self._on_gpu:
             torch.cuda.synchronize()  # the steps' last kernels belong to the trace
-        self._profile.__exit__(None, None, None)
+        self._profile.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         traced, self._profile = self._profile, None
         if write:
             first = self._settings.first_step
@@ -150,5 +150,5 @@ class StepProfiler:
         self.files += [trace, table]
         if self._on_gpu and self._settings.memory:
             snapshot = self._folder / f"{stem}.memory.pickle"
-            torch.cuda.memory._dump_snapshot(str(snapshot))
+            torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
             self.files.append(snapshot)
