@@ -41,8 +41,11 @@ class OwnTimes:
 
     def slowest(self) -> tuple[int, float, float]:
         """Returns the process furthest above its stage's median: rank, ratio, seconds above it."""
+        # The lower median: of two processes the faster one, or nobody could be twice as slow.
         medians = {
-            stage: statistics.median(s for s, at in zip(self.own_s, self.stage, strict=True) if at == stage)
+            stage: statistics.median_low(
+                s for s, at in zip(self.own_s, self.stage, strict=True) if at == stage
+            )
             for stage in set(self.stage)
         }
         rows = [

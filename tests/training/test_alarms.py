@@ -16,6 +16,9 @@ from phsa_megatron.training import loop, replay
 from phsa_megatron.training.faults import VARIABLE
 from tests.training.processes import run_processes
 
+NO_CLOCK = {"monitoring.alerts.throughput_drop_frac": 0.999}
+"""Keeps a busy machine out of tests that are not about speed."""
+
 
 @pytest.fixture
 def spiking_run(tiny_config, run, monkeypatch):
@@ -86,13 +89,13 @@ def test_a_step_before_every_checkpoint_is_made_again_from_the_start(tiny_config
 
 
 def test_no_alert_in_a_healthy_run_and_none_where_they_are_off(tiny_config, run, spiking_run):
-    assert not run(tiny_config(**{"run.name": "healthy"})).folder.alerts_dir.exists()
+    assert not run(tiny_config(**{"run.name": "healthy"}, **NO_CLOCK)).folder.alerts_dir.exists()
     _, finished = spiking_run(**{"run.name": "off", "monitoring.alerts.enabled": False})
     assert not finished.folder.alerts_dir.exists()
 
 
 def test_a_loss_that_is_not_finite_leaves_its_file_with_the_command(tiny_config, run, monkeypatch):
-    config = tiny_config()
+    config = tiny_config(**NO_CLOCK)
     monkeypatch.setenv(VARIABLE, "nan_loss@step=3")
     with pytest.raises(TrainingError):
         run(config)
@@ -102,9 +105,13 @@ def test_a_loss_that_is_not_finite_leaves_its_file_with_the_command(tiny_config,
 
 
 def test_lost_speed_leaves_its_file(tiny_config, run, monkeypatch):
-    slow = ";".join(f"slow@step={n},seconds=1" for n in (9, 10))
+    slow = ";".join(f"slow@step={n},seconds=2" for n in (9, 10))
     monkeypatch.setenv(VARIABLE, slow)
-    config = tiny_config(**{"run.train_steps": 11, "monitoring.alerts.patience_records": 2})
+    config = tiny_config(
+        **{"run.train_steps": 11, "monitoring.alerts.patience_records": 2}
+        # Five times as slow: not what a busy machine does to two steps in a row.
+        | {"monitoring.alerts.throughput_drop_frac": 0.8}
+    )
     finished = run(config)
     found = read_alerts(finished.folder.alerts_dir)
     assert [(a["kind"], a["step"]) for a in found] == [("throughput_drop", 10)]
@@ -143,13 +150,14 @@ def test_a_stall_is_told_while_it_lasts_and_a_straggler_by_its_rank(tiny_config)
             "cluster.processes_per_node": 2,
             "run.train_steps": 6,
             "monitoring.alerts.patience_records": 2,
+            "monitoring.alerts.straggler_ratio": 5.0,
             "monitoring.alerts.stall_frac": 0.05,
             "monitoring.norms_every_steps": 1,
             "health.heartbeat_every_s": 0.2,
             "health.step_timeout_s": 30.0,
         }
     )
-    faults = [f"slow@rank=1,step={n},phase=forward,seconds=1" for n in (3, 4)]
+    faults = [f"slow@rank=1,step={n},phase=forward,seconds=2" for n in (3, 4)]
     faults.append("slow@rank=1,step=5,phase=backward,seconds=3")
     ended = run_processes(config, [0, 1], **{VARIABLE: ";".join(faults)})
     assert ended.codes == [0, 0], ended.everything()

@@ -58,4 +58,5 @@ def test_device_time_is_read_without_waiting():
 def test_the_slowest_process_is_measured_within_its_stage():
     times = OwnTimes([1.0, 1.1, 1.0, 5.0, 5.0, 9.0], [0, 0, 0, 1, 1, 1], step_s=10.0)
     assert times.slowest() == (5, pytest.approx(1.8), pytest.approx(4.0))
+    assert OwnTimes([1.0, 6.0], [0, 0], 1.0).slowest()[:2] == (1, 6.0), "of two, against the faster one"
     assert OwnTimes([0.0, 0.0], [0, 0], 1.0).slowest() == (0, 1.0, 0.0)
