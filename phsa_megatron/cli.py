@@ -317,9 +317,21 @@ COMMANDS: dict[str, Command] = {
         "needles and attention mass of every selector on SmolLM2-135M",
         _in_megatron("phsa_megatron.evaluation.selector_study"),
     ),
-    "report": Command("write report.html of run folders", _elsewhere("phsa_megatron.monitoring.report")),
+    "report": Command(
+        "the page of a run, or of several runs compared",
+        _elsewhere("phsa_megatron.monitoring.report_command"),
+    ),
     "replay": Command(
-        "run the step again that a run stopped at", _in_megatron("phsa_megatron.training.replay")
+        "run a step again: one that a run stopped at, or any other",
+        _in_megatron("phsa_megatron.training.replay"),
+    ),
+    "profile": Command(
+        "trace steps of a recipe: kernels, memory, a timeline",
+        _in_megatron("phsa_megatron.training.profile_command"),
+    ),
+    "wandb": Command(
+        "read a run's offline W&B folders without a server",
+        _elsewhere("phsa_megatron.monitoring.wandb_offline"),
     ),
     "verify-resume": Command(
         "show that a resumed run equals an uninterrupted one",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from phsa_kernels.api import attend, token_positions
+from phsa_megatron.attention.selection_shape import NUM_COLUMNS, SelectionShape, shape_sums
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig
 
@@ -36,6 +37,7 @@ class SelectionRecorder:
 
     Attributes:
         sums: fp64 [layers, 5] on the CPU; rows of layers that this process does not have stay 0.
+        shapes: fp64 [layers, NUM_COLUMNS] on the CPU, see `selection_shape`.
     """
 
     def __init__(self, num_layers: int, max_rows: int = 256) -> None:
@@ -46,6 +48,7 @@ class SelectionRecorder:
             max_rows: queries looked at per layer and micro-batch, evenly spaced over its tokens.
         """
         self.sums = torch.zeros(num_layers, len(_COLUMNS), dtype=torch.float64)
+        self.shapes = torch.zeros(num_layers, NUM_COLUMNS, dtype=torch.float64)
         self.max_rows = max_rows
 
     @torch.no_grad()
@@ -81,6 +84,10 @@ class SelectionRecorder:
         settings = side_info.attention
         position, document = side_info.positions()
         num_tokens = side_info.token_ids.numel()
+        own = slice(None) if tokens is None else tokens
+        self.shapes[layer_number - 1] += shape_sums(
+            ids, position[own], document[own], side_info, self.max_rows
+        ).cpu()
         sample = torch.linspace(0, num_tokens - 1, min(num_tokens, self.max_rows), device=query.device).long()
         if tokens is None:
             rows = sample
@@ -117,6 +124,12 @@ class SelectionRecorder:
                 choice.double().sum() * num_heads,
             ]
         ).cpu()
+
+    def shapes_by_layer(self, shapes: Tensor | None = None) -> dict[int, SelectionShape]:
+        """Return what was chosen by layer number, and over all layers as number 0; as `layers` otherwise."""
+        table = (self.shapes if shapes is None else shapes).cpu()
+        found = {n: SelectionShape.of(row) for n, row in enumerate(table, start=1) if row.any()}
+        return {0: SelectionShape.of(table.sum(0)), **found} if found else {}
 
     def layers(self, sums: Tensor | None = None) -> dict[int, LayerSelection]:
         """Return the statistics by layer number, from 1; layers without a record are left out.

@@ -158,10 +158,9 @@ def scored_pairs(num_tokens: int, attention: AttentionConfig) -> int:
     if is_dense(num_tokens, attention) or not selects_blocks(attention):
         return 0
     if attention.selector in (Selector.infllm_v2, Selector.nsa):
-        kinds = ((32, 16), (128, 64)) if attention.coarse_lse else ((32, 16),)
         return sum(
             max(0, (i + 1 - length) // stride + 1)
-            for length, stride in kinds
+            for length, stride in _infllm_windows(attention)
             for i in range(length - 1, num_tokens)
         )
     m, total = attention.block_tokens, 0
@@ -187,11 +186,17 @@ def selection_flops(num_tokens: int, model: ModelConfig, attention: AttentionCon
         return 0
     if attention.selector == Selector.nsa:
         return 0
-    complete_blocks = num_tokens // attention.block_tokens
-    # Bounds are found by comparing; variances are a second sum; windows of 32 tokens overlap twice.
-    sums = {Selector.minmax: 0, Selector.cumulant: 2, Selector.infllm_v2: 4 if attention.coarse_lse else 2}
-    pooling = 2 * complete_blocks * attention.block_tokens * model.num_kv_heads * model.head_dim
-    pooling *= sums.get(attention.selector, 1)
+    if attention.selector == Selector.infllm_v2:
+        # Windows overlap: a token is in several of them.
+        summed = sum(
+            max(0, (num_tokens - length) // stride + 1) * length
+            for length, stride in _infllm_windows(attention)
+        )
+    else:
+        # Bounds are found by comparing; variances are a second sum.
+        sums = {Selector.minmax: 0, Selector.cumulant: 2}.get(attention.selector, 1)
+        summed = sums * (num_tokens // attention.block_tokens) * attention.block_tokens
+    pooling = 2 * summed * model.num_kv_heads * model.head_dim
     if attention.selector == Selector.indexer:
         return pooling + index_flops(scored_pairs(num_tokens, attention), model, attention)
     vectors = 2 if attention.selector in (Selector.minmax, Selector.cumulant, Selector.halves) else 1
@@ -218,28 +223,42 @@ def train_flops_per_sequence(
         parameters: its counts.
         attention: what the layers compute; None counts full causal attention (the dense equivalent).
     """
-    linear = 2 * parameters.active_in_products * num_tokens
     layers = model.num_layers + model.mtp_num_layers
+    linear = 3 * linear_flops(num_tokens, parameters)
     if attention is None:
-        return 3 * (linear + layers * attention_flops(causal_pairs(num_tokens), model))
-    pairs = selected_pairs(num_tokens, attention, attention.train_topk)
-    dense_layers = len(attention.dense_layers)
-    pairs = (layers - dense_layers) * pairs + dense_layers * causal_pairs(num_tokens)
-    if attention.align_coeff:  # full attention, to align with
-        pairs += (layers - dense_layers) * causal_pairs(num_tokens)
-    selection = (layers - dense_layers) * selection_flops(num_tokens, model, attention)
+        return linear + layers * dense_layer_train_flops(num_tokens, model)
+    num_dense = len(attention.dense_layers)
+    sparse = layer_train_flops(num_tokens, model, attention, attention.train_topk)
+    return linear + num_dense * dense_layer_train_flops(num_tokens, model) + (layers - num_dense) * sparse
+
+
+def linear_flops(num_tokens: int, parameters: ParameterCount) -> int:
+    """Return the forward FLOPs of all products of tokens with weights."""
+    return 2 * parameters.active_in_products * num_tokens
+
+
+def dense_layer_train_flops(num_tokens: int, model: ModelConfig) -> int:
+    """Return forward and backward FLOPs of one layer's full causal attention over one document."""
+    return 3 * attention_flops(causal_pairs(num_tokens), model)
+
+
+def layer_train_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig, topk: int) -> int:
+    """Return forward and backward FLOPs of one layer's own attention, selection included."""
     if attention.selector == Selector.nsa:
-        return 3 * (linear + layers * _nsa_flops(num_tokens, model, attention))
-    return 3 * (linear + attention_flops(pairs, model)) + selection
+        return 3 * _nsa_flops(num_tokens, model, attention, topk)
+    pairs = selected_pairs(num_tokens, attention, topk)
+    if attention.align_coeff:  # full attention, to align with
+        pairs += causal_pairs(num_tokens)
+    return 3 * attention_flops(pairs, model) + selection_flops(num_tokens, model, attention)
 
 
-def _nsa_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig) -> int:
+def _nsa_flops(num_tokens: int, model: ModelConfig, attention: AttentionConfig, topk: int) -> int:
     """Return the forward FLOPs of NSA's three branches in one layer over one document, each by itself."""
     selected = replace(attention, nsa_window_tokens=None)
     window = replace(
         selected, selector=Selector.dense_window, init_tokens=0, local_tokens=attention.nsa_window_tokens or 0
     )
-    pairs = selected_pairs(num_tokens, selected, attention.train_topk)
+    pairs = selected_pairs(num_tokens, selected, topk)
     pairs += selected_pairs(num_tokens, window, 0) + scored_pairs(num_tokens, attention)
     return attention_flops(pairs, model) + compression_flops(num_tokens, model)
 
@@ -259,6 +278,11 @@ def mean_sparsity_frac(num_tokens: int, attention: AttentionConfig, topk: int) -
 def is_dense(num_tokens: int, attention: AttentionConfig) -> bool:
     """Return whether a document of this length gets full causal attention."""
     return attention.kind == AttentionKind.dense or num_tokens <= attention.dense_len_tokens
+
+
+def _infllm_windows(attention: AttentionConfig) -> tuple[tuple[int, int], ...]:
+    """Return (tokens, stride) of each kind of InfLLM-V2's pooling windows."""
+    return ((32, 16), (128, 64)) if attention.coarse_lse else ((32, 16),)
 
 
 def _local_start(position: int, attention: AttentionConfig) -> int:

@@ -129,6 +129,15 @@ RANGES: dict[str, Range] = {
     "health.max_all_reduce_s": _POSITIVE,
     "monitoring.information_every_steps": _FROM_ZERO,
     "monitoring.information_rows": _FROM_ONE,
+    "monitoring.norms_every_steps": _FROM_ZERO,
+    "monitoring.profile.first_step": _FROM_ZERO,
+    "monitoring.profile.num_steps": _FROM_ONE,
+    "monitoring.alerts.loss_spike_nats": _FROM_ZERO,
+    "monitoring.alerts.loss_spike_sigmas": _FROM_ZERO,
+    "monitoring.alerts.throughput_drop_frac": Range(0, 1, above=True, below=True),
+    "monitoring.alerts.straggler_ratio": Range(1, above=True),
+    "monitoring.alerts.patience_records": _FROM_ONE,
+    "monitoring.alerts.stall_frac": Range(0, 1, above=True),
 }
 
 EXPLAINED_ELSEWHERE = {

@@ -36,11 +36,12 @@ class Event:
 
 @dataclass
 class Launch:
-    """One start of the run: when its first and last records were written, and its first logged step."""
+    """One start of the run: when its first and last records were written, its first and last logged step."""
 
     start_time: float
     last_time: float
     first_step: int | None = None
+    last_step: int | None = None
 
 
 @dataclass
@@ -90,15 +91,9 @@ def read_records(path: Path) -> Records:
     Raises:
         DataError: The file is missing, or a complete line is not a record.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
-        ) from error
     records = Records()
     earlier_steps: list[int] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_complete_lines(path), start=1):
         record = _parse(path, number, line)
         if record.get("event") == START_EVENT or not records.launches:
             earlier_steps = sorted(records.values_by_step)
@@ -110,6 +105,40 @@ def read_records(path: Path) -> Records:
             _take_values(records, record, earlier_steps)
     records.values_by_step = dict(sorted(records.values_by_step.items()))
     return records
+
+
+@dataclass(frozen=True)
+class LoggedRow:
+    """What one call logged: the step and its values, not finite ones as floats."""
+
+    step: int
+    values: dict[str, Any]
+
+
+def read_launches(path: Path) -> list[list[LoggedRow]]:
+    """Read what each launch logged, in order, superseded or not.
+
+    Raises:
+        DataError: The file is missing, or a complete line is not a record.
+    """
+    launches: list[list[LoggedRow]] = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        record = _parse(path, number, line)
+        if record.get("event") == START_EVENT or not launches:
+            launches.append([])
+        if "event" not in record:
+            values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
+            launches[-1].append(LoggedRow(record["step"], values))
+    return launches
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist: no metrics were recorded there. Is it a run folder?"
+        ) from error
 
 
 def _take_values(records: Records, record: dict[str, Any], earlier_steps: list[int]) -> None:
@@ -127,6 +156,7 @@ def _take_values(records: Records, record: dict[str, Any], earlier_steps: list[i
         records.num_superseded_steps += 1
     if launch.first_step is None:
         launch.first_step = step
+    launch.last_step = step
     values = {name: NON_FINITE.get(value, value) for name, value in record["values"].items()}
     records.values_by_step.setdefault(step, {}).update(values)
     records.time_by_step[step] = record["time"]

@@ -114,6 +114,9 @@ RULES: dict[str, ResumeRule] = {
     "data.eod_token": _TOKENS,
     "data.isolate_documents": _ATTENTION,
     "data.max_documents_per_sequence": _TOKENS,
+    "data.skip_sequences": ResumeRule(
+        True, "sequences ahead are passed over; a change behind the checkpoint is refused when it is loaded"
+    ),
     "data.sources": _ORDER,
     "data.sources.*.weight": _ORDER,
     "data.sources.*.domain": _WATCHING,
@@ -186,11 +189,29 @@ RULES: dict[str, ResumeRule] = {
     "monitoring.log_every_steps": _WATCHING,
     "monitoring.information_every_steps": _WATCHING,
     "monitoring.information_rows": _WATCHING,
+    "monitoring.norms_every_steps": _WATCHING,
     "monitoring.progress": _WATCHING,
+    "monitoring.tensorboard": _WATCHING,
+    "monitoring.nvtx": _WATCHING,
+    "monitoring.profile.first_step": _WATCHING,
+    "monitoring.profile.num_steps": _WATCHING,
+    "monitoring.profile.memory": _WATCHING,
     "monitoring.report": _WATCHING,
     "monitoring.wandb.mode": _WATCHING,
     "monitoring.wandb.project": _WATCHING,
     "monitoring.wandb.entity": _WATCHING,
+    **{
+        f"monitoring.alerts.{name}": _WATCHING
+        for name in (
+            "enabled",
+            "loss_spike_nats",
+            "loss_spike_sigmas",
+            "throughput_drop_frac",
+            "straggler_ratio",
+            "patience_records",
+            "stall_frac",
+        )
+    },
     "health.watchdog": _WATCHING,
     "health.heartbeat_every_s": _WATCHING,
     "health.start_timeout_s": _WATCHING,

@@ -23,6 +23,11 @@ from phsa_megatron.config.schema_cluster import ClusterConfig as ClusterConfig
 from phsa_megatron.config.schema_cluster import Device as Device
 from phsa_megatron.config.schema_cluster import Scheduler as Scheduler
 from phsa_megatron.config.schema_health import HealthConfig
+from phsa_megatron.config.schema_monitoring import AlertsConfig as AlertsConfig
+from phsa_megatron.config.schema_monitoring import MonitoringConfig as MonitoringConfig
+from phsa_megatron.config.schema_monitoring import ProfileConfig as ProfileConfig
+from phsa_megatron.config.schema_monitoring import WandbConfig as WandbConfig
+from phsa_megatron.config.schema_monitoring import WandbMode as WandbMode
 
 
 class Dtype(StrEnum):
@@ -60,14 +65,6 @@ class ContextSharding(StrEnum):
 
     zigzag = "zigzag"
     contiguous = "contiguous"
-
-
-class WandbMode(StrEnum):
-    """Where W&B writes."""
-
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
 
 
 @dataclass
@@ -167,6 +164,9 @@ class DataConfig:
     max_documents_per_sequence: int | None = None
     """Fixed length of the boundary tensor; null derives seq_len_tokens / 16. Tokens of further documents
     in a sequence become padding without loss, and are counted."""
+    skip_sequences: list[str] = field(default_factory=list)
+    """Training sequences to pass over, by number or FIRST-LAST, such as those of a loss spike; what is
+    trained on already cannot be passed over."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """The mixture, by source name."""
 
@@ -262,36 +262,6 @@ class EvaluateConfig:
     """Validation sequences per domain, always the same ones."""
     micro_batch_sequences: int = 1
     """Sequences per forward pass of one process in evaluation."""
-
-
-@dataclass
-class WandbConfig:
-    """Weights & Biases."""
-
-    mode: WandbMode = WandbMode.offline
-    """offline writes into the run folder and prints the sync command; online uploads; disabled is off."""
-    project: str = "phsa-megatron"
-    """Project name."""
-    entity: str | None = None
-    """Team or user; null is the account's default."""
-
-
-@dataclass
-class MonitoringConfig:
-    """What is measured and where it is written."""
-
-    log_every_steps: int = 1
-    """Steps between metric records."""
-    information_every_steps: int = 0
-    """Steps between measurements of the attention mass that selection loses, in training; 0 never."""
-    information_rows: int = 32
-    """Queries that one such measurement looks at, per layer and micro-batch."""
-    progress: bool = True
-    """Progress bar on a terminal; without a terminal, plain lines."""
-    report: bool = True
-    """Write report.html when the run ends or stops."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    """Weights & Biases."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from phsa_megatron.config.parallel_rules import PARALLEL_RULES
 from phsa_megatron.config.ranges import RANGES
 from phsa_megatron.config.rule_messages import Rule, broken, multiples_around
 from phsa_megatron.config.schema import Device, KernelImpl, LrSchedule, TrainConfig
+from phsa_megatron.config.skip_list import skipped_ranges
 from phsa_megatron.config.validate_cluster import CLUSTER_RULES
 from phsa_megatron.config.validate_health import local_copy, watchdog_timeouts
 from phsa_megatron.config.yaml_file import leaves
@@ -59,6 +60,13 @@ def _run_name(config: TrainConfig) -> Iterator[str]:
             "it names a folder: letters, digits, '.', '_' and '-', not starting with a sign",
             "choose another name",
         )
+
+
+def _skip_list(config: TrainConfig) -> Iterator[str]:
+    try:
+        skipped_ranges(config.data.skip_sequences)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _heads_divide(config: TrainConfig) -> Iterator[str]:
@@ -171,6 +179,7 @@ def _learning_rates(config: TrainConfig) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _run_name,
+    _skip_list,
     *ATTENTION_RULES,
     _heads_divide,
     _head_dim_even,

@@ -34,6 +34,7 @@ class Batch:
         sources: source of each sequence; empty for one that is all padding.
         pieces: documents under each sequence, the one token that is only a label included.
         num_overflow_tokens: inputs that became padding because a sequence had more than D pieces.
+        document_tokens: lengths of the runs of tokens that attention does not leave, padding left out.
     """
 
     tokens: torch.Tensor
@@ -45,11 +46,12 @@ class Batch:
     sources: list[str]
     pieces: list[tuple[Piece, ...]]
     num_overflow_tokens: int
+    document_tokens: list[int]
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence of a batch, as arrays of S elements, and the starts of its pieces."""
+    """One sequence of a batch, as arrays of S elements, the starts of its pieces, and their real lengths."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -57,6 +59,7 @@ class _Row:
     position_ids: np.ndarray
     starts: list[int]
     num_overflow_tokens: int
+    document_tokens: list[int]
 
 
 class BatchReader:
@@ -124,6 +127,7 @@ class BatchReader:
             sources=[sequence.source for sequence in sequences],
             pieces=[sequence.pieces for sequence in sequences],
             num_overflow_tokens=sum(row.num_overflow_tokens for row in rows),
+            document_tokens=[length for row in rows for length in row.document_tokens],
         )
 
     def _row(self, sequence: Sequence) -> _Row:
@@ -152,6 +156,7 @@ class BatchReader:
         if self._isolate:
             starts += (np.flatnonzero(np.diff(owner[:length])) + 1).tolist()
         lengths = np.diff([*starts, length])
+        real = np.add.reduceat(owner[:length] >= 0, starts, dtype=np.int64)
         return _Row(
             tokens=ids[:-1],
             labels=ids[1:],
@@ -159,4 +164,5 @@ class BatchReader:
             position_ids=np.arange(length) - np.repeat(starts, lengths),
             starts=starts,
             num_overflow_tokens=num_overflow,
+            document_tokens=real[real > 0].tolist(),
         )

@@ -12,6 +12,7 @@ import numpy as np
 from phsa_megatron.config.documents import documents_limit
 from phsa_megatron.config.errors import DataError
 from phsa_megatron.config.schema import DataConfig, TrainConfig
+from phsa_megatron.config.skip_list import number_at, skipped_ranges
 from phsa_megatron.data.indexed import IndexedSource
 from phsa_megatron.data.sampling import (
     ALGORITHM,
@@ -53,6 +54,7 @@ class SequenceOrder:
         """
         data = config.data
         self.tokenizer = tokenizer or Tokenizer.from_file(data.tokenizer_file, data.eod_token)
+        self._skipped = skipped_ranges(data.skip_sequences) if split == "train" else []
         self._sources: dict[str, IndexedSource] = {}
         self._order: TrainingOrder | ValidationOrder
         if split == "train":
@@ -78,8 +80,16 @@ class SequenceOrder:
         self.ingredients = _ingredients(config, split, self.tokenizer, self._sources)
         self.fingerprint = hashlib.sha256(json.dumps(self.ingredients, sort_keys=True).encode()).hexdigest()
 
-    def sequence(self, number: int) -> Sequence:
-        """Return what sequence `number` is made of."""
+    def number(self, position: int) -> int:
+        """Return the number of the sequence at a position: sequences that are passed over have none."""
+        return number_at(position, self._skipped)
+
+    def sequence(self, position: int) -> Sequence:
+        """Return what the sequence at a position is made of; its number, unless some are passed over."""
+        return self.sequence_at(self.number(position))
+
+    def sequence_at(self, number: int) -> Sequence:
+        """Return what sequence `number` is made of, whether or not it is passed over."""
         return self._order.sequence(number)
 
     def tokens(self, sequence: Sequence) -> np.ndarray:

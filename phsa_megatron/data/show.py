@@ -33,14 +33,15 @@ def show_step(config: TrainConfig, step: int, num_rows: int) -> Iterator[Line]:
     first = (step - 1) * batch_size
     shown = min(num_rows, batch_size)
     yield Line(
-        f"step {step}: sequences {first:,} to {first + batch_size - 1:,} of {config.data.seq_len_tokens:,} "
+        f"step {step}: sequences {reader.order.number(first):,} to "
+        f"{reader.order.number(first + batch_size - 1):,} of {config.data.seq_len_tokens:,} "
         f"tokens; "
         f"showing {shown}. Order {reader.fingerprint[:16]}",
         "bold",
     )
-    for number in range(first, first + shown):
-        batch = reader.micro_batch(number, 1)
-        sequence = reader.order.sequence(number)
+    for at in range(first, first + shown):
+        batch = reader.micro_batch(at, 1)
+        number, sequence = reader.order.number(at), reader.order.sequence(at)
         ids = reader.order.tokens(sequence)
         targets = int(batch.loss_mask.sum())
         overflow = (

@@ -15,10 +15,18 @@ from dataclasses import dataclass
 
 DOMAIN = "<domain>"
 LAYER = "<n>"
+BLOCK = "<block>"
 STEP_AXIS = "progress/step"
 """The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
 
-_PLACEHOLDER_PATTERNS = {DOMAIN: r"[^/\s]+", LAYER: r"\d+"}
+LAUNCH = "progress/launch"
+"""Which start of the run a row is of, in W&B: what a killed launch saw stays apart from what counts."""
+
+_PLACEHOLDER_PATTERNS = {
+    DOMAIN: r"[^/\s]+",
+    LAYER: r"\d+",
+    BLOCK: r"embedding|layer_\d+|final_norm|mtp_\d+|output",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Metric:
     """One row of the table.
 
     Attributes:
-        name: What is logged; `<domain>` and `<n>` stand for a validation domain and a number.
+        name: What is logged; `<domain>`, `<n>` and `<block>` stand for a validation domain, a number and a
+            part of the model.
         unit: The unit of the value.
         reduction: How one value comes out of many tokens, steps or processes.
         meaning: One sentence for a person.
@@ -46,17 +55,23 @@ class Metric:
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
-    def _pattern(self) -> re.Pattern[str]:
+    @property
+    def pattern(self) -> str:
+        """Return a regular expression of the names that the row stands for."""
         pattern = re.escape(self.name)
         for placeholder, expression in _PLACEHOLDER_PATTERNS.items():
             pattern = pattern.replace(re.escape(placeholder), f"({expression})")
-        return re.compile(pattern)
+        return pattern
+
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
 
 
 _TOKEN_MEAN = "mean over the loss tokens of all processes"
 _LAST = "value at the logged step"
 _WINDOW = "over the last updates of this process"
 _EVAL_MEAN = "mean over the evaluated queries, heads and processes"
+_SHAPE_MEAN = "mean over the selected blocks of the evaluated queries, heads, micro-batches and processes"
 _SAMPLED = "over sampled queries, heads and processes, every monitoring.information_every_steps steps"
 _INFORMATION = {
     "kept_mass_frac": "Share of the full causal softmax on the keys that are attended to",
@@ -70,6 +85,13 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(STEP_AXIS, "steps", _LAST, "Optimizer steps done: the horizontal axis of every other metric."),
+        Metric(
+            LAUNCH,
+            "launches",
+            _LAST,
+            "Number of the start of the run, from 1; in W&B only: steps made again after a restart have the "
+            "later number, and the higher one counts.",
+        ),
         Metric(
             "progress/consumed_tokens",
             "tokens",
@@ -108,6 +130,18 @@ METRICS: dict[str, Metric] = {
             "sum over all weights",
             "Gradient elements that are exactly zero: a cheap checksum over all gradients.",
         ),
+        Metric(
+            "optim/<block>/grad_norm",
+            "1",
+            "L2 norm over the block's weights, before clipping, every monitoring.norms_every_steps steps",
+            "Norm of the gradient of the embedding, of a layer, of the final norm or of the output layer.",
+        ),
+        Metric(
+            "optim/<block>/param_norm",
+            "1",
+            "L2 norm over the block's weights, every monitoring.norms_every_steps steps",
+            "Norm of the weights of a block, after the update.",
+        ),
         Metric("perf/step_time_s", "s", "mean over the steps since the last record", "Wall time of a step."),
         Metric("perf/data_wait_s", "s", "sum since the last record", "Time the step waited for its batch."),
         Metric("perf/tokens_per_s", "tokens/s", _WINDOW, "Training speed of all processes together."),
@@ -115,15 +149,41 @@ METRICS: dict[str, Metric] = {
             "perf/mfu_selected_frac",
             "fraction",
             _WINDOW,
-            "FLOPs the run's own attention needs, over what the devices could do at cluster.peak_tflops. "
+            "FLOPs the run's own attention needs for the documents that were read, of their real "
+            "lengths and at the k of each step, over what the devices could do at cluster.peak_tflops. "
             "Left out without a peak; never above 1.",
         ),
         Metric(
             "perf/dense_equiv_tflops",
             "TFLOP/s per device",
             _WINDOW,
-            "FLOPs that full causal attention would have needed for the same tokens: speed, not utilization.",
+            "FLOPs that full causal attention would have needed for the same documents: speed, not "
+            "utilization.",
         ),
+        *(
+            Metric(
+                f"perf/{phase}_s",
+                "s",
+                "mean over processes and over the steps since the last record",
+                f"Time in {what}; on a GPU by the device's clock. Waiting for others in it is included.",
+            )
+            for phase, what in (
+                ("forward", "the forward passes of a step"),
+                (
+                    "backward",
+                    "the backward passes of a step, recomputation and overlapped reduction included",
+                ),
+                ("optimizer", "a step's gradient norm, clipping, update and gathering of weights"),
+            )
+        ),
+        Metric(
+            "perf/slowest_ratio",
+            "ratio",
+            "largest over processes, since the last record",
+            "Own time of a process (its data and forward passes) over the median of its pipeline stage: "
+            "1 is even; what is far above holds all others up.",
+        ),
+        Metric("perf/slowest_rank", "rank", "that of perf/slowest_ratio", "The process with that ratio."),
         Metric(
             "perf/context_sent_bytes_per_layer",
             "bytes",
@@ -175,6 +235,44 @@ METRICS: dict[str, Metric] = {
             "fraction",
             _EVAL_MEAN,
             "Queries that had to choose: more candidate blocks than top-k. Near 0, PHSA is only dense.",
+        ),
+        Metric(
+            "attention/block_punctuation_frac",
+            "fraction",
+            "mean over the complete blocks of the evaluated text",
+            "Share of punctuation among the tokens of all blocks: what the selected ones compare with.",
+        ),
+        *(
+            Metric(f"attention/layer_<n>/{name}", unit, _SHAPE_MEAN, meaning)
+            for name, unit, meaning in (
+                (
+                    "selected_punctuation_frac",
+                    "fraction",
+                    "Share of punctuation among the tokens of the selected blocks, in layer n.",
+                ),
+                (
+                    "selected_distance_blocks",
+                    "blocks",
+                    "Distance of a selected block from the query's own, in layer n.",
+                ),
+                (
+                    "neighbour_overlap_frac",
+                    "fraction",
+                    "Share of a query's selected blocks that the query before it selected too, in layer n.",
+                ),
+                (
+                    "selection_entropy_frac",
+                    "fraction",
+                    "Entropy of which blocks of a document are selected, over that of all its candidates "
+                    "alike, in layer n: near 0, all queries select the same few blocks.",
+                ),
+            )
+        ),
+        Metric(
+            "attention/distance_log2_<n>_frac",
+            "fraction",
+            _SHAPE_MEAN + " and layers",
+            "Share of the selected blocks that are 2^n to 2^(n+1) - 1 blocks away (n = 15: or further).",
         ),
         Metric(
             "attention/topk",
@@ -232,7 +330,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number. Values are written at full "
+        "`<domain>` stands for a validation domain, `<n>` for a number, `<block>` for embedding, layer_1, "
+        "layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
         "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",

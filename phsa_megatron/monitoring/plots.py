@@ -70,6 +70,8 @@ class Curves:
         restarts: Steps at which a launch resumed, drawn as thin vertical lines.
         log_scale: Logarithmic vertical axis.
         from_zero: The vertical axis starts at zero.
+        smoothing: From 0 to below 1: weight of the past in a running mean, drawn over the faint values.
+        x_label: What the horizontal axis counts.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Curves:
     restarts: Sequence[int] = ()
     log_scale: bool = False
     from_zero: bool = False
+    smoothing: float = 0.0
+    x_label: str = "step"
 
 
 def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> str:
@@ -88,7 +92,7 @@ def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> 
     bucket, so a spike stays visible. Non-finite values leave a gap.
 
     Args:
-        curves: What to draw; every line has at least one point.
+        curves: What to draw; a line without points keeps its colour and is left out.
         inches: Width and height of the drawing, which sets how large its text is.
 
     Returns:
@@ -98,15 +102,16 @@ def draw_curves(curves: Curves, inches: tuple[float, float] = NARROW_INCHES) -> 
         figure, axes = _new_figure(inches)
         for step in curves.restarts:
             axes.axvline(step, color=MUTED, linewidth=0.7, linestyle=(0, (2, 3)))
-        for line, color in zip(curves.lines, _cycle(len(curves.lines)), strict=True):
-            _draw_line(axes, line, color)
+        for number, line in enumerate(curves.lines):
+            if line.steps:  # an empty one only keeps its colour
+                _draw_line(axes, line, number, curves.smoothing)
         if curves.log_scale:
             axes.set_yscale("log")
         if curves.from_zero:
             axes.set_ylim(bottom=0)
         _draw_levels(axes, curves.levels)
         axes.set_ylabel(curves.unit)
-        axes.set_xlabel("step")
+        axes.set_xlabel(curves.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if not curves.log_scale:
@@ -149,6 +154,7 @@ def draw_heat_map(
     layers: Sequence[int],
     shares: Sequence[Sequence[float]],
     inches: tuple[float, float] = NARROW_INCHES,
+    limits: tuple[float, float] | None = None,
 ) -> str:
     """Draw a share over time and layers.
 
@@ -158,6 +164,7 @@ def draw_heat_map(
         layers: Layer numbers, bottom to top.
         shares: `shares[layer][evaluation]`, fractions from 0 to 1, NaN where nothing was measured.
         inches: Width and height of the drawing.
+        limits: Fractions at the ends of the colours; None takes the smallest and the largest share.
 
     Returns:
         An `<svg>` element with the map as an embedded picture.
@@ -165,7 +172,16 @@ def draw_heat_map(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure(inches)
         percent = [[100 * share for share in row] for row in shares]
-        image = axes.imshow(percent, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
+        low, high = (None, None) if limits is None else (100 * limit for limit in limits)
+        image = axes.imshow(
+            percent,
+            aspect="auto",
+            origin="lower",
+            cmap="viridis",
+            interpolation="nearest",
+            vmin=low,
+            vmax=high,
+        )
         axes.grid(visible=False)
         for count, labels, set_ticks in (
             (2 * inches[0], [EngFormatter(sep="")(step) for step in steps], axes.set_xticks),
@@ -217,12 +233,33 @@ def _new_figure(inches: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_line(axes: Axes, line: Line, color: str) -> None:
+def _draw_line(axes: Axes, line: Line, number: int, smoothing: float) -> None:
+    color = SERIES[number % len(SERIES)]
+    # More lines than colours: the next ones are dashed.
+    style: Any = ("-", (0, (5, 2)), (0, (1, 1)))[number // len(SERIES) % 3]
     centers, means, smallest, largest = zip(*thin(line.steps, line.values), strict=True)
-    if len(line.steps) > _MAX_POINTS:
-        axes.fill_between(centers, smallest, largest, color=color, alpha=0.3, linewidth=0.8)
     marker = "o" if line.marked or len(line.steps) == 1 else None
-    axes.plot(centers, means, color=color, label=line.label, marker=marker, markersize=3.5)
+    if smoothing > 0 and marker is None:
+        axes.plot(centers, means, color=color, linewidth=0.7, alpha=0.3)
+        smooth = smoothed(line.values, smoothing)
+        centers, means, _, _ = zip(*thin(line.steps, smooth), strict=True)
+    elif len(line.steps) > _MAX_POINTS:
+        axes.fill_between(centers, smallest, largest, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(centers, means, color=color, label=line.label, marker=marker, markersize=3.5, linestyle=style)
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Return a running mean, without the pull of a first value: each past value counts `weight` times less.
+
+    Non-finite values are passed over; where nothing finite has been seen, the result is NaN.
+    """
+    total = count = 0.0
+    out = []
+    for value in values:
+        if math.isfinite(value):
+            total, count = weight * total + value, weight * count + 1
+        out.append(total / count if count else math.nan)
+    return out
 
 
 def _draw_levels(axes: Axes, levels: dict[str, float]) -> None:
@@ -246,10 +283,6 @@ def _format_values(axes: Axes, largest: float) -> None:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif largest < 0.1:
         axes.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=False)
-
-
-def _cycle(count: int) -> list[str]:
-    return [SERIES[number % len(SERIES)] for number in range(count)]
 
 
 def _finite_values(lines: Sequence[Line]) -> list[float]:

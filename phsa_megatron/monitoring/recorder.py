@@ -10,6 +10,7 @@ import platform
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.monitoring.alerts import Alert
 from phsa_megatron.monitoring.metrics import lookup
-from phsa_megatron.monitoring.records import START_EVENT
+from phsa_megatron.monitoring.records import START_EVENT, read_launches
+from phsa_megatron.monitoring.tensorboard_writer import TensorBoardWriter
 from phsa_megatron.monitoring.wandb_run import WandbRun, start_wandb
 
 _RECORDED_PACKAGES = (
@@ -57,9 +60,13 @@ class Recorder:
         self._path = folder.metrics_file
         self._descriptor: int | None = None
         self._wandb: WandbRun | None = None
+        self._tensorboard: TensorBoardWriter | None = None
         if rank != 0:
             return
-        self._wandb = start_wandb(config, derived, folder.wandb_dir)
+        earlier = read_launches(self._path) if self._path.is_file() else []
+        self._wandb = start_wandb(config, derived, folder.wandb_dir, len(earlier) + 1)
+        if config.monitoring.tensorboard:
+            self._tensorboard = TensorBoardWriter(folder.tensorboard_dir)
         self._descriptor, torn_bytes = _open_for_append(self._path)
         torn = {"torn_bytes_removed": torn_bytes} if torn_bytes else {}
         self.event(START_EVENT, environment=environment(), **torn)
@@ -86,6 +93,8 @@ class Recorder:
         self._append({"step": step, "time": time.time(), "values": written})
         if self._wandb is not None:
             self._wandb.log(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, values)
 
     def event(self, kind: str, /, *, step: int | None = None, **fields: Any) -> None:
         """Record that something happened.
@@ -93,8 +102,8 @@ class Recorder:
         Args:
             kind: What happened. The report knows `start`, `resume`, `checkpoint_requested`,
                 `checkpoint_committed`, `stop_request`, `evaluation`, `baselines` (`unigram_entropy_nats`,
-                `bigram_entropy_nats`), `sample` (`prompt`, `text`), `error` (`text`) and `end` (`reason`),
-                and lists any other kind with its fields.
+                `bigram_entropy_nats`), `sample` (`prompt`, `text`), `alert` (`alert`, `text`, `file`),
+                `error` (`text`) and `end` (`reason`), and lists any other kind with its fields.
             step: Optimizer steps done at that moment, if there is such a number.
             **fields: JSON values.
 
@@ -112,6 +121,31 @@ class Recorder:
         where = {} if step is None else {"step": step}
         self._append({"event": kind, "time": time.time(), **where, **fields})
 
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Record continuations of prompts, as events, and as one table in W&B.
+
+        Args:
+            step: Optimizer steps done.
+            samples: `prompt` and `text` of each.
+        """
+        for sample in samples:
+            self.event("sample", step=step, **sample)
+        if self._wandb is not None:
+            rows = [[step, sample["prompt"], sample["text"]] for sample in samples]
+            self._wandb.table(step, "samples", ["step", "prompt", "text"], rows)
+
+    def alert(self, alert: Alert, file: str | None) -> None:
+        """Record an alert as an event, and send it to W&B; from any thread, and without ever raising.
+
+        Args:
+            alert: what happened.
+            file: where its details are.
+        """
+        with suppress(TrainingError):
+            self.event("alert", step=alert.step, alert=alert.kind, text=alert.text, file=file)
+        if self._wandb is not None:
+            self._wandb.alert(alert.kind, alert.text)
+
     def close(self) -> None:
         """Close the file and finish the W&B run; calling it again does nothing."""
         if self._descriptor is not None:
@@ -120,6 +154,9 @@ class Recorder:
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
 
     def _append(self, record: dict[str, Any]) -> None:
         """Write one line with one system call, so that a reader never sees two records mixed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from dataclasses import dataclass
@@ -102,8 +101,8 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return summary
 
 
-def render(data: RunData) -> str:
-    """Render the page: no script, no network, everything inside."""
+def template(name: str) -> jinja2.Template:
+    """Return a page's template; what it is given is escaped unless it is marked as markup."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("phsa_megatron.monitoring", "templates"),
         autoescape=True,
@@ -111,24 +110,29 @@ def render(data: RunData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def render(data: RunData) -> str:
+    """Render the page: no script, no network, everything inside."""
     events = _event_rows(data.records)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         name=data.config["run"]["name"],
         subtitle=_subtitle(data.config),
-        status=_status(data),
+        status=status(data),
         facts=_facts(data),
-        figures=[_shown(card) for card in figures(data.config, data.records, data.baselines)],
+        figures=[shown(card) for card in figures(data.config, data.records, data.baselines)],
         samples=_samples(data.records),
-        settings={group: _flatten(values) for group, values in data.config.items()},
+        settings={group: flatten(values) for group, values in data.config.items()},
         last_values=_last_values(data.records),
         events=events[-_MAX_EVENTS:],
         num_events=len(events),
         environment=_environment(data.records),
-        written_at=_utc(datetime.now(UTC).timestamp()),
+        written_at=utc(datetime.now(UTC).timestamp()),
     )
 
 
-def _shown(card: FigureCard) -> dict[str, Any]:
+def shown(card: FigureCard) -> dict[str, Any]:
     """Mark the drawings as markup; every other text of the page is escaped."""
     return {
         "title": card.title,
@@ -155,7 +159,7 @@ def _subtitle(config: dict[str, Any]) -> str:
     return f"{kind} · {model['name']} ({shape}) · {data['name']}"
 
 
-def _status(data: RunData) -> dict[str, str]:
+def status(data: RunData) -> dict[str, str]:
     """Tell whether the run is over; without an end it runs or was killed, which its files cannot tell."""
     if data.summary is not None:
         return {"kind": "finished", "text": "finished"}
@@ -167,7 +171,7 @@ def _status(data: RunData) -> dict[str, str]:
             return {"kind": "failed", "text": f"failed: {event.fields.get('text', 'see the log')}"}
         if event.time >= launch.start_time and event.kind == "end":
             return {"kind": "stopped", "text": f"stopped: {event.fields.get('reason', 'no reason given')}"}
-    return {"kind": "open", "text": f"unfinished, last record {_utc(launch.last_time)}"}
+    return {"kind": "open", "text": f"unfinished, last record {utc(launch.last_time)}"}
 
 
 def _facts(data: RunData) -> list[Fact]:
@@ -217,13 +221,13 @@ def _samples(records: Records) -> list[dict[str, str]]:
     ]
 
 
-def _flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Return dotted keys with their values as text, in the order of the file."""
     if not isinstance(values, dict) or not values:
         return [(prefix, "null" if values is None else str(values))]
     rows = []
     for key, value in values.items():
-        rows += _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        rows += flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return rows
 
 
@@ -252,7 +256,7 @@ def _event_rows(records: Records) -> list[dict[str, str]]:
         text = ", ".join(words + [f"{key} {value}" for key, value in fields.items()])
         step = "" if event.step is None else f"{event.step:,}"
         rows.append(
-            {"time": _utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text}
+            {"time": utc(event.time), "kind": event.kind.replace("_", " "), "step": step, "text": text}
         )
     return rows
 
@@ -271,27 +275,6 @@ def _environment(records: Records) -> list[tuple[str, str]]:
     return rows
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """Return a time in seconds since 1970 for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def main(argv: list[str]) -> int:
-    """Run `phsa-train report RUN...`.
-
-    Args:
-        argv: The arguments after `report`: run folders.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError: A folder's configuration is missing or damaged.
-        DataError: A folder's metrics are missing or damaged.
-    """
-    parser = argparse.ArgumentParser(
-        prog="phsa-train report", description="Write report.html into run folders."
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, for example runs/phsa_demo_cpu")
-    for run in parser.parse_args(argv).runs:
-        print(write_report(RunFolder(run)))
-    return 0

@@ -20,7 +20,7 @@ from phsa_megatron.monitoring.plots import (
 )
 from phsa_megatron.monitoring.records import Records
 
-_SELECTED = "attention/layer_<n>/selected_mass_frac"
+SELECTED = "attention/layer_<n>/selected_mass_frac"
 _ATTENDED = "attention/layer_<n>/attended_key_frac"
 _LOG_SCALE_RATIO = 30.0
 
@@ -53,7 +53,7 @@ def figures(config: dict[str, Any], records: Records, baselines: dict[str, float
     Returns:
         The figures in the order of the page.
     """
-    restarts = _restart_steps(records)
+    restarts = restart_steps(records)
     cards = (
         _loss(records, baselines, restarts),
         _validation(records, "loss_nats", "Validation by domain, nats", "nats/token", restarts),
@@ -67,7 +67,7 @@ def figures(config: dict[str, Any], records: Records, baselines: dict[str, float
     return [card for card in cards if card is not None]
 
 
-def _restart_steps(records: Records) -> list[int]:
+def restart_steps(records: Records) -> list[int]:
     """Return, for each later launch, the last recorded step before its own first one."""
     steps = sorted(records.values_by_step)
     firsts = [launch.first_step for launch in records.launches[1:] if launch.first_step is not None]
@@ -141,14 +141,14 @@ def _gradient_norm(config: dict[str, Any], records: Records, restarts: list[int]
     return FigureCard("Gradient norm", "Before clipping, all weights together.", draw_curves(curves))
 
 
-def _by_layer(records: Records, pattern: str) -> dict[int, str]:
+def by_layer(records: Records, pattern: str) -> dict[int, str]:
     """Return the metric name of each layer, layers ascending."""
     found = {METRICS[pattern].capture(name): name for name in records.names()}
     return dict(sorted((int(layer), name) for layer, name in found.items() if layer is not None))
 
 
 def _layer_bars(records: Records) -> FigureCard | None:
-    selected, attended = _by_layer(records, _SELECTED), _by_layer(records, _ATTENDED)
+    selected, attended = by_layer(records, SELECTED), by_layer(records, _ATTENDED)
     layers = list(selected)
     if not layers:
         return None
@@ -162,17 +162,38 @@ def _layer_bars(records: Records) -> FigureCard | None:
 
 
 def _heat_map(records: Records) -> FigureCard | None:
-    names = _by_layer(records, _SELECTED)
+    note = "Attention probability on the selected blocks, at each evaluation."
+    return heat_map(records, SELECTED, "Selected share over time", note, "selected-over-time")
+
+
+def heat_map(
+    records: Records,
+    pattern: str,
+    title: str,
+    note: str,
+    name: str,
+    limits: tuple[float, float] | None = None,
+) -> FigureCard | None:
+    """Draw a share by layer and time; None without two measurements.
+
+    Args:
+        records: The run's metrics.
+        pattern: Row of the metrics table with a layer number.
+        title: Of the figure.
+        note: How to read it.
+        name: Makes the ids in the drawing unique.
+        limits: Fractions at the ends of the colours, where several maps are compared.
+    """
+    names = by_layer(records, pattern)
     if not names:
         return None
     steps = sorted({step for name in names.values() for step in records.series(name)[0]})
     if len(steps) < 2:
         return None
-    by_layer = [dict(zip(*records.series(name), strict=True)) for name in names.values()]
-    shares = [[values.get(step, math.nan) for step in steps] for values in by_layer]
+    values_by_layer = [dict(zip(*records.series(metric), strict=True)) for metric in names.values()]
+    shares = [[values.get(step, math.nan) for step in steps] for values in values_by_layer]
     svgs = [
-        draw_heat_map(f"selected-over-time-{size}", steps, list(names), shares, inches)
+        draw_heat_map(f"{name}-{size}", steps, list(names), shares, inches, limits)
         for size, inches in (("narrow", NARROW_INCHES), ("wide", WIDE_INCHES))
     ]
-    note = "Attention probability on the selected blocks, at each evaluation."
-    return FigureCard("Selected share over time", note, *svgs)
+    return FigureCard(title, note, *svgs)

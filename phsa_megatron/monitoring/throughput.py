@@ -2,7 +2,8 @@
 
 A sparse attention makes a single "MFU" ambiguous, so there are two numbers with two names: the FLOPs this
 run's attention really needs against what the devices could do (`perf/mfu_selected_frac`), and the FLOPs full
-causal attention would have needed for the same tokens (`perf/dense_equiv_tflops`).
+causal attention would have needed for the same documents (`perf/dense_equiv_tflops`). Both are counted from
+the documents that were read, by `config/document_flops.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from typing import Protocol
+
+from phsa_megatron.config.document_flops import StepFlops
 
 _LOG = logging.getLogger(__name__)
 WINDOW_UPDATES = 20
@@ -29,11 +32,15 @@ class SpeedFacts(Protocol):
 
     @property
     def flops_per_token_selected(self) -> float:
-        """Forward and backward FLOPs a token, with the run's own attention."""
+        """Forward and backward FLOPs a token of a full-length document, with the run's own attention."""
 
     @property
     def flops_per_token_dense(self) -> float:
-        """Forward and backward FLOPs a token, with full causal attention."""
+        """The same with full causal attention."""
+
+    @property
+    def total_sequences(self) -> int:
+        """Sequences of the whole run."""
 
     @property
     def world_size(self) -> int:
@@ -49,7 +56,7 @@ class Throughput:
         """Start measuring.
 
         Args:
-            derived: FLOPs per token and the size of the run.
+            derived: the size of the run, and FLOPs per token for the print at the start.
             consumed_tokens: Tokens already trained on: 0, or the resumed state's count. The time left
                 follows from it.
             peak_tflops: `cluster.peak_tflops`, the peak of one device in TFLOP/s; None leaves utilization
@@ -58,16 +65,17 @@ class Throughput:
         self._derived = derived
         self._consumed_tokens = consumed_tokens
         self._peak_tflops = peak_tflops
-        self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW_UPDATES)
+        self._window: deque[tuple[float, int, StepFlops]] = deque(maxlen=WINDOW_UPDATES)
         self._warming_up = True
         self._peak_refused = False
 
-    def update(self, seconds: float, tokens: int) -> dict[str, float]:
-        """Take in the time and tokens since the last update.
+    def update(self, seconds: float, tokens: int, flops: StepFlops) -> dict[str, float]:
+        """Take in the time, tokens and FLOPs since the last update.
 
         Args:
             seconds: Wall time spent on steps, without evaluations and saves; more than 0.
             tokens: Tokens of those steps over all processes; more than 0.
+            flops: What the documents of those steps needed, over all processes.
 
         Returns:
             Metrics by name: step time, smoothed tokens/s, time left, both FLOP numbers. The first update of
@@ -81,17 +89,19 @@ class Throughput:
         if self._warming_up and self._window:
             self._window.clear()
             self._warming_up = False
-        self._window.append((seconds, tokens))
+        self._window.append((seconds, tokens, flops))
         self._consumed_tokens += tokens
-        tokens_per_s = sum(t for _, t in self._window) / sum(s for s, _ in self._window)
+        window_s = sum(s for s, _, _ in self._window)
+        tokens_per_s = sum(t for _, t, _ in self._window) / window_s
+        device_tflop_s = window_s * self._derived.world_size * 1e12
         remaining_tokens = max(0, self._derived.total_tokens - self._consumed_tokens)
         values = {
             "perf/step_time_s": seconds * self._derived.tokens_per_step / tokens,
             "perf/tokens_per_s": tokens_per_s,
             "progress/eta_s": remaining_tokens / tokens_per_s,
-            "perf/dense_equiv_tflops": self._device_tflops(tokens_per_s, self._derived.flops_per_token_dense),
+            "perf/dense_equiv_tflops": sum(f.dense for _, _, f in self._window) / device_tflop_s,
         }
-        utilization = self._utilization(tokens_per_s)
+        utilization = self._utilization(sum(f.selected for _, _, f in self._window) / device_tflop_s)
         if utilization is not None:
             values["perf/mfu_selected_frac"] = utilization
         return values
@@ -99,35 +109,33 @@ class Throughput:
     def equations(self) -> list[str]:
         """Return the formulas with this run's numbers, to be printed before the first step."""
         derived = self._derived
+        length = derived.total_tokens // derived.total_sequences
         lines = [
-            "perf/dense_equiv_tflops = tokens/s x FLOPs per token with full causal attention / devices / 1e12"
-            f" = tokens/s x {derived.flops_per_token_dense:.4g} / {derived.world_size} / 1e12",
+            "perf/dense_equiv_tflops = FLOPs of the documents with full causal attention / seconds / devices "
+            f"/ 1e12; devices = {derived.world_size}",
         ]
         if self._peak_tflops is None:
             lines.append("perf/mfu_selected_frac is left out: cluster.peak_tflops is not set")
         else:
             lines.append(
-                "perf/mfu_selected_frac = tokens/s x FLOPs per token with this run's attention / devices / "
-                "peak"
-                f" = tokens/s x {derived.flops_per_token_selected:.4g} / {derived.world_size}"
-                f" / {self._peak_tflops:g}e12"
+                "perf/mfu_selected_frac = FLOPs of the documents with this run's attention / seconds / "
+                f"devices / peak; peak = cluster.peak_tflops = {self._peak_tflops:g} TFLOP/s a device"
             )
-        lines.append(
-            "both count forward and backward without recomputation, and attention over full-length "
-            "sequences: shorter packed documents need less"
-        )
+        lines += [
+            f"causal factor = n (n + 1) / 2 of n x n (query, key) pairs = {(length + 1) / (2 * length):.5f} "
+            f"at n = {length:,}: the pairs in the future are counted in neither number",
+            "both count forward and backward without recomputation, from the real lengths of the packed "
+            f"documents and the k of each step; a document of {length:,} tokens needs "
+            f"{derived.flops_per_token_selected:.4g} FLOPs a token with this run's attention and "
+            f"{derived.flops_per_token_dense:.4g} with full causal attention, shorter ones fewer",
+        ]
         return lines
 
-    def _device_tflops(self, tokens_per_s: float, flops_per_token: float) -> float:
-        return tokens_per_s * flops_per_token / self._derived.world_size / 1e12
-
-    def _utilization(self, tokens_per_s: float) -> float | None:
+    def _utilization(self, device_tflops: float) -> float | None:
         """Return the utilization, None without a peak or if the formula gives more than is possible."""
         if self._peak_tflops is None:
             return None
-        utilization = (
-            self._device_tflops(tokens_per_s, self._derived.flops_per_token_selected) / self._peak_tflops
-        )
+        utilization = device_tflops / self._peak_tflops
         if utilization <= 1:
             return utilization
         # A number for people must not end a run, and a wrong one must not be shown: leave it out and say
@@ -135,9 +143,8 @@ class Throughput:
         if not self._peak_refused:
             self._peak_refused = True
             _LOG.warning(
-                "perf/mfu_selected_frac would be %.3g and is left out: no device does more than its peak. "
-                "Either cluster.peak_tflops=%g is too small for this device, or most documents are far "
-                "shorter than data.seq_len_tokens, which the formula counts in full.",
+                "perf/mfu_selected_frac would be %.3g and is left out: no device does more than its peak, so "
+                "cluster.peak_tflops=%g is too small for this device and dtype.",
                 utilization,
                 self._peak_tflops,
             )

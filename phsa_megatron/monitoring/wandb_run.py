@@ -18,7 +18,7 @@ from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import DeviceError
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.schema import TrainConfig, WandbMode
-from phsa_megatron.monitoring.metrics import STEP_AXIS
+from phsa_megatron.monitoring.metrics import LAUNCH, STEP_AXIS
 
 _LOG = logging.getLogger(__name__)
 _RUN_ID_FILE = "run_id"
@@ -27,13 +27,15 @@ _RUN_ID_FILE = "run_id"
 class WandbRun:
     """A started W&B run that takes values and never raises."""
 
-    def __init__(self, run: Any, sync_command: str | None) -> None:
+    def __init__(self, run: Any, sync_command: str | None, launch: int = 1) -> None:
         """Wrap a run.
 
         Args:
             run: What `wandb.init` returned.
             sync_command: The command that uploads an offline run; None if it uploads by itself.
+            launch: Number of this start of the run, from 1.
         """
+        self._launch = launch
         self._run = run
         self.sync_command = sync_command
         self._failed = False
@@ -48,9 +50,29 @@ class WandbRun:
         if self._failed:
             return
         try:
-            self._run.log({STEP_AXIS: step, **values})
+            self._run.log({STEP_AXIS: step, LAUNCH: self._launch, **values})
         except Exception as error:  # Whatever W&B does, training goes on and metrics.jsonl is complete.
             self._give_up("log", error)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, which W&B mails or posts where its settings say; an offline run does when synced."""
+        if self._failed:
+            return
+        try:
+            self._run.alert(title=title, text=text, level="WARN")
+        except Exception as error:
+            self._give_up("alert", error)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Send a table, such as samples of text."""
+        if self._failed or not rows:
+            return
+        try:
+            wandb = importlib.import_module("wandb")
+            table = wandb.Table(columns=columns, data=rows)
+            self._run.log({STEP_AXIS: step, LAUNCH: self._launch, name: table})
+        except Exception as error:
+            self._give_up("table", error)
 
     def close(self) -> None:
         """Finish the run and print the upload command of an offline one."""
@@ -71,13 +93,14 @@ class WandbRun:
         )
 
 
-def start_wandb(config: TrainConfig, derived: Derived, wandb_dir: Path) -> WandbRun | None:
+def start_wandb(config: TrainConfig, derived: Derived, wandb_dir: Path, launch: int = 1) -> WandbRun | None:
     """Start W&B as configured.
 
     Args:
         config: The resolved configuration, uploaded as it is.
         derived: The derived values, uploaded under `derived`.
         wandb_dir: `RUN/wandb`, where W&B writes and the run id is kept.
+        launch: Number of this start of the run, from 1.
 
     Returns:
         The started run, or None if `monitoring.wandb.mode` is disabled. If the server of an online run does
@@ -111,7 +134,7 @@ def start_wandb(config: TrainConfig, derived: Derived, wandb_dir: Path) -> Wandb
         run = wandb.init(mode=mode, **arguments)
     run.define_metric(STEP_AXIS)
     run.define_metric("*", step_metric=STEP_AXIS)
-    return WandbRun(run, sync_command(wandb_dir, run.id) if mode == "offline" else None)
+    return WandbRun(run, sync_command(wandb_dir, run.id) if mode == "offline" else None, launch)
 
 
 def sync_command(wandb_dir: Path, run_id: str) -> str:

@@ -91,6 +91,13 @@ class Groups:
         dist.all_reduce(total)
         return total
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` of every process, [world_size, ...], on the CPU."""
+        mine = tensor.detach().to(self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone).cpu()
+
     def sum_over_context(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over the processes that hold parts of the same sequences."""
         total = tensor.detach().to(self.device, copy=True)

@@ -22,6 +22,12 @@ from phsa_megatron.training.state import capture_rng, restore_rng
 from phsa_megatron.training.step import ForwardStep, forward_backward
 
 CHOICE_METRIC = "attention/frac_queries_with_more_candidates_than_k"
+SHAPE_METRICS = (
+    "selected_punctuation_frac",
+    "selected_distance_blocks",
+    "neighbour_overlap_frac",
+    "selection_entropy_frac",
+)
 _NATS_PER_BIT = math.log(2.0)
 
 
@@ -177,7 +183,16 @@ def _selection_metrics(recorder: SelectionRecorder, groups: Groups) -> dict[str,
     choosing = [layer.frac_queries_with_more_candidates_than_k for layer in layers.values()]
     if choosing:
         values[CHOICE_METRIC] = sum(choosing) / len(choosing)
-    return values
+    shapes = recorder.shapes_by_layer(groups.sum_over_world(recorder.shapes.to(groups.device)))
+    for number, shape in shapes.items():
+        for name in SHAPE_METRICS if number else ("block_punctuation_frac",):
+            where = f"layer_{number}/" if number else ""
+            values[f"attention/{where}{name}"] = getattr(shape, name)
+    if shapes:
+        for number, share in enumerate(shapes[0].distance_frac):
+            values[f"attention/distance_log2_{number}_frac"] = share
+    # Where no layer chose anything there is no share of it.
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 @contextmanager

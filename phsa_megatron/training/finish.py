@@ -136,5 +136,5 @@ def _samples(run: Run) -> list[dict[str, str]]:
             )
             text = run.tokenizer.decode([i for i in ids if i != run.tokenizer.eod_id])
             samples.append({"prompt": prompt, "text": text})
-            run.recorder.event("sample", step=run.state.step, prompt=prompt, text=text)
+    run.recorder.samples(run.state.step, samples)
     return samples

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.config.topk_schedule import changes_over_steps, step_topk
 from phsa_megatron.data.batches import Batch
+from phsa_megatron.monitoring.alerts import Alert
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import information
+from phsa_megatron.training.alarms import Alarms
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
+from phsa_megatron.training.norms import norm_metrics
+from phsa_megatron.training.profiling import StepProfiler
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.replay import write_replay
 from phsa_megatron.training.run import Run, faults_of, open_run, read_ahead
@@ -49,16 +53,22 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
         PhsaError: it cannot go on; the message says why and what to do.
     """
     progress = progress or Progress(faults=faults_of(config, groups.rank))
-    with open_run(config, groups, progress) as run, read_ahead(run) as prefetcher:
+    with (
+        open_run(config, groups, progress) as run,
+        read_ahead(run) as prefetcher,
+        profiler_of(run) as profiler,
+    ):
+        alarms = Alarms(run)
         run.console.start(run.state.step)
         run.meter.start()
         while run.state.step < config.run.train_steps and not run.asked.exit:
+            profiler.before_step(run.state.step + 1)
             run.progress.enter("data", step=run.state.step + 1)
             batches = run.wait_for_batches(prefetcher)
             if batches is None:
                 break
-            result = _step(run, batches)
-            _log(run, batches, result)
+            result = _step(run, batches, alarms)
+            _log(run, batches, result, alarms)
             if _due(run, config.evaluate.every_steps):
                 evaluate(run)
             run.poll()
@@ -75,7 +85,20 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
         return _leave(run)
 
 
-def _step(run: Run, batches: list[Batch]) -> StepResult:
+def profiler_of(run: Run) -> StepProfiler:
+    """Returns what traces the steps that the recipe names, on process 0."""
+    settings = run.config.monitoring
+    return StepProfiler(
+        settings.profile,
+        run.folder.profile_dir,
+        run.progress,
+        run.groups.device,
+        active=run.groups.rank == 0,
+        nvtx=settings.nvtx,
+    )
+
+
+def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
     """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
     rng = capture_rng()
     recorder = information.recorder_of_step(run.config, run.groups, run.state.step + 1)
@@ -83,22 +106,28 @@ def _step(run: Run, batches: list[Batch]) -> StepResult:
         result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder)
     except NonFiniteStepError as error:
         # Raised on all processes together, so that they can still write a checkpoint together.
-        raise write_replay(run, error, rng) from error
+        failure = write_replay(run, error, rng)
+        alarms.tell(Alert("non_finite", error.step, str(failure), error.evidence()))
+        raise failure from error
     if recorder is not None:
         run.recorder.log(run.state.step, information.metrics(recorder, run.groups))
+    if _due(run, run.config.monitoring.norms_every_steps):
+        run.recorder.log(run.state.step, norm_metrics(run.parts, result.grad_norm))
+    alarms.after_step(result, rng)
     return result
 
 
-def _log(run: Run, batches: list[Batch], result: StepResult) -> None:
+def _log(run: Run, batches: list[Batch], result: StepResult, alarms: Alarms) -> None:
     run.progress.step_done()
-    run.meter.add(batches)
     step = run.state.step
+    run.meter.add(batches, step)
     if step % run.config.monitoring.log_every_steps == 0 or step == run.config.run.train_steps:
         values = run.meter.record(run, result)
         if changes_over_steps(run.config.attention):
             values["attention/topk"] = step_topk(run.config, step).mean
         run.recorder.log(step, values)
         run.console.step(step, values)
+        alarms.after_record(values)
 
 
 def _due(run: Run, every_steps: int) -> bool:

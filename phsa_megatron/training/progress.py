@@ -27,6 +27,9 @@ class Progress:
         moved_s: when it last moved on, by the monotonic clock.
         faults: injected faults, which happen at the phase they name.
         on_move: called whenever it moves on, in the main thread.
+        on_enter: called with each phase that it enters, before the faults of that phase.
+        on_stall: called by the watchdog's thread, with a text, when nothing has moved for long.
+        entered_s: when the phase began, by the monotonic clock.
     """
 
     step: int = 0
@@ -37,6 +40,9 @@ class Progress:
     moved_s: float = field(default_factory=time.monotonic)
     faults: Faults = field(default_factory=Faults)
     on_move: list[Callable[[], None]] = field(default_factory=list)
+    on_enter: list[Callable[[str], None]] = field(default_factory=list)
+    on_stall: list[Callable[[str], None]] = field(default_factory=list)
+    entered_s: float = field(default_factory=time.monotonic)
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Moves on to a phase, and has the injected faults that are due there.
@@ -48,7 +54,10 @@ class Progress:
         if step is not None:
             self.step = step
         self.phase, self.detail = phase, ""
+        self.entered_s = time.monotonic()
         self.moved()
+        for listener in self.on_enter:
+            listener(phase)
         if self.faults.planned:
             self.faults.enter(self.step, phase)
 

@@ -1,9 +1,12 @@
-"""A step that was not finite: kept so that it can be run again, and run again to see where it broke.
+"""A step made again: one that was not finite and was kept, or any step that a checkpoint lies before.
 
 `RUN/replay/step_00000007/` is a run folder of its own: the settings, a committed checkpoint of the state
 before the step (weights, optimizer, counters, every random generator), and `replay.json` with what was seen.
 `phsa-train replay FOLDER` runs the step's forward and backward pass again; it updates no weight and writes
 nothing.
+
+`phsa-train replay RUN --step N` goes to any step, such as that of a loss spike: it starts from the newest
+checkpoint before it, or from fresh weights, and makes the steps in between, in memory only.
 """
 
 from __future__ import annotations
@@ -23,16 +26,17 @@ import torch
 from torch import Tensor
 
 from phsa_megatron.config import compose
-from phsa_megatron.config.errors import CheckpointError, TrainingError
+from phsa_megatron.config.errors import CheckpointError, ConfigError, TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import ParallelConfig, TrainConfig
-from phsa_megatron.data.batches import BatchReader
+from phsa_megatron.data.batches import Batch, BatchReader
 from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.monitoring.recorder import environment
 from phsa_megatron.parallel.groups import Groups, initialize
 from phsa_megatron.training.checkpoint import Checkpointer
 from phsa_megatron.training.faults import VARIABLE, Faults
 from phsa_megatron.training.optimizer import Parts, build_parts, set_hyperparameters
+from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.run import Run, punctuation_table
 from phsa_megatron.training.state import TrainState, restore_rng
 from phsa_megatron.training.step import (
@@ -42,6 +46,7 @@ from phsa_megatron.training.step import (
     mean_loss,
     micro_batch_starts,
     poison_gradient,
+    train_step,
 )
 
 EVIDENCE_NAME = "replay.json"
@@ -63,10 +68,7 @@ def write_replay(run: Run, error: NonFiniteStepError, rng: dict[str, Any]) -> Tr
             folder.config_file.write_text(compose.dump(run.config), encoding="utf-8")
             evidence = {
                 "step": error.step,
-                "loss_nats": repr(error.loss_nats),
-                "grad_norm": repr(error.grad_norm),
-                "parameters": {str(rank): names for rank, names in error.parameters.items()},
-                "sequences": error.sequences,
+                **error.evidence(),
                 "first_sequence": run.state.consumed_sequences,
                 "injected_faults": os.environ.get(VARIABLE),
                 "environment": environment(),
@@ -122,18 +124,26 @@ def main(argv: list[str]) -> int:
         PhsaError: the folder is not a replay folder, or the step cannot be run here.
     """
     parser = argparse.ArgumentParser(prog="phsa-train replay", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="RUN/replay/step_########")
-    folder = RunFolder(parser.parse_args(argv).folder)
+    parser.add_argument("folder", type=Path, help="RUN/replay/step_########, or RUN with --step")
+    parser.add_argument("--step", type=int, help="number of the step of RUN to make again")
+    arguments = parser.parse_args(argv)
+    folder = RunFolder(arguments.folder)
     config = single_process(compose.load(folder.config_file))
+    if arguments.step is not None and not 1 <= arguments.step <= config.run.train_steps:
+        raise ConfigError(
+            f"--step={arguments.step}: steps of this run count from 1 to run.train_steps="
+            f"{config.run.train_steps}"
+        )
     groups = initialize(config)
     try:
-        result = replay(folder, config, groups)
+        result = replay(folder, config, groups, arguments.step)
     finally:
         groups.close()
-    evidence = json.loads((folder.path / EVIDENCE_NAME).read_text(encoding="utf-8"))
-    print(f"seen in the run: loss {evidence['loss_nats']}, gradient norm {evidence['grad_norm']}")
-    if evidence["injected_faults"]:
-        print(f"the run had injected faults: {VARIABLE}={evidence['injected_faults']}")
+    if arguments.step is None:
+        evidence = json.loads((folder.path / EVIDENCE_NAME).read_text(encoding="utf-8"))
+        print(f"seen in the run: loss {evidence['loss_nats']}, gradient norm {evidence['grad_norm']}")
+        if evidence["injected_faults"]:
+            print(f"the run had injected faults: {VARIABLE}={evidence['injected_faults']}")
     print("\n".join(result.lines()))
     return 0 if math.isfinite(result.loss_nats) and math.isfinite(result.grad_norm) else 3
 
@@ -149,35 +159,35 @@ def single_process(config: TrainConfig) -> TrainConfig:
     )
 
 
-def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
-    """Runs the forward and backward pass of the step after the folder's checkpoint, and changes nothing.
+def replay(folder: RunFolder, config: TrainConfig, groups: Groups, step: int | None = None) -> Replay:
+    """Runs the forward and backward pass of a step again, and changes nothing.
+
+    Args:
+        folder: of the run, or of a step that was not finite.
+        config: of the run, for this one process.
+        groups: of this process.
+        step: which one; None is the step after the folder's newest checkpoint.
 
     Raises:
-        CheckpointError: the folder holds no checkpoint.
+        CheckpointError: the folder holds no checkpoint to start from.
     """
     parts = build_parts(config, groups)
-    checkpointer = Checkpointer(folder, config, groups)
-    committed = folder.committed_steps()
-    if not committed:
-        raise CheckpointError(
-            f"{folder.path} holds no committed checkpoint: give a folder RUN/replay/step_########"
-        )
-    state = checkpointer.load_from(folder.checkpoints_dir / f"step_{committed[-1]:08d}", parts)
     tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
     reader = BatchReader(config, "train", tokenizer)
+    table = punctuation_table(config, tokenizer, groups)
     faults = Faults.from_environment(groups.rank)
+    state = _state_before(folder, parts, step)
+    while step is not None and state.step < step - 1:
+        train_step(parts, _batches(reader, parts, state), table, state, Progress(faults=faults))
     step = state.step + 1
     forward_step = ForwardStep.of_step(
         config,
-        punctuation_table(config, tokenizer, groups),
+        table,
         groups,
         step,
         poisoned=faults.happens("nan_loss", step),
     )
-    batches = [
-        reader.micro_batch(first, config.optim.micro_batch_sequences)
-        for first in micro_batch_starts(config, groups, state.consumed_sequences)
-    ]
+    batches = _batches(reader, parts, state)
     set_hyperparameters(parts, state.consumed_sequences + config.optim.global_batch_sequences)
     parts.zero_grad()
     with first_bad_outputs(parts) as bad_outputs:
@@ -191,6 +201,33 @@ def replay(folder: RunFolder, config: TrainConfig, groups: Groups) -> Replay:
         name: float(torch.linalg.vector_norm(gradient.double())) for name, gradient in parts.gradient_sums()
     }
     return Replay(step, loss_nats, grad_norm, bad_outputs[0] if bad_outputs else None, grad_norms)
+
+
+def _state_before(folder: RunFolder, parts: Parts, step: int | None) -> TrainState:
+    """Fills the parts with what lies nearest before a step, and returns its counters."""
+    committed = [n for n in folder.committed_steps() if step is None or n < step]
+    if committed:
+        if step is not None:
+            print(f"from the checkpoint of step {committed[-1]} to step {step}, as one process")
+        path = folder.checkpoints_dir / f"step_{committed[-1]:08d}"
+        return Checkpointer(folder, parts.config, parts.groups).load_from(path, parts)
+    if step is None:
+        raise CheckpointError(
+            f"{folder.path} holds no committed checkpoint: give a folder RUN/replay/step_########, or --step"
+        )
+    if parts.config.run.init_from is not None:
+        raise CheckpointError(
+            f"{folder.path} holds no checkpoint from before step {step}, and its first weights came from "
+            f"run.init_from={parts.config.run.init_from}; keep more with checkpoint.keep_last"
+        )
+    print(f"from fresh weights to step {step}, as one process")
+    return TrainState()
+
+
+def _batches(reader: BatchReader, parts: Parts, state: TrainState) -> list[Batch]:
+    size = parts.config.optim.micro_batch_sequences
+    starts = micro_batch_starts(parts.config, parts.groups, state.consumed_sequences)
+    return [reader.micro_batch(first, size) for first in starts]
 
 
 @contextmanager

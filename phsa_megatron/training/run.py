@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.derive import Derived, derive
+from phsa_megatron.config.document_flops import DocumentFlops
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig, WandbMode
+from phsa_megatron.config.skip_list import check_skip_list, skipped_ranges
 from phsa_megatron.data.batches import Batch, BatchReader
 from phsa_megatron.data.prefetch import Prefetcher
 from phsa_megatron.data.tokenizer import Tokenizer
@@ -25,17 +22,18 @@ from phsa_megatron.monitoring.console import Console
 from phsa_megatron.monitoring.recorder import Recorder
 from phsa_megatron.monitoring.throughput import Throughput
 from phsa_megatron.monitoring.wandb_run import stable_run_id
-from phsa_megatron.parallel.exchange import traffic
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import stages
 from phsa_megatron.training.checkpoint import Checkpointer, Notify
 from phsa_megatron.training.evaluate import Evaluator
 from phsa_megatron.training.faults import Faults
+from phsa_megatron.training.meter import Meter
 from phsa_megatron.training.optimizer import Parts, build_parts
+from phsa_megatron.training.phase_clock import PhaseClock
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.signals import StopRequest, StopSignals
 from phsa_megatron.training.state import TrainState
-from phsa_megatron.training.step import StepResult, micro_batch_starts
+from phsa_megatron.training.step import micro_batch_starts
 
 
 @dataclass
@@ -95,6 +93,8 @@ class Run:
             while True:
                 if batches is None:
                     batches = _next_or_none(prefetcher)
+                    if batches is not None:
+                        self.meter.own_data_s += time.monotonic() - self.progress.entered_s
                 waits = "its own batch" if batches is None else "the batches of other processes"
                 self.progress.detail = f"waits for {waits}"
                 if not self.groups.any_true(batches is None):
@@ -103,95 +103,6 @@ class Run:
                     return None
         finally:
             self.meter.data_wait_s += time.perf_counter() - start_s
-
-
-class Meter:
-    """Adds up time, tokens and what else is reported per record, between two records.
-
-    The clock of training stands still in evaluations and saves; the run's wall time does not.
-
-    Args:
-        throughput: turns seconds and tokens into speed.
-    """
-
-    def __init__(self, throughput: Throughput) -> None:
-        self.throughput = throughput
-        self.data_wait_s = 0.0
-        self._num_overflow_tokens = 0
-        self._sent_bytes = [0, 0]
-        self._num_steps = 0
-        self._training_s = 0.0
-        self._since_s: float | None = None
-        self._wall_since_s = time.perf_counter()
-
-    def start(self) -> None:
-        """Starts the clock of training; a running one goes on."""
-        if self._since_s is None:
-            traffic.take()  # of an evaluation or of samples
-            self._since_s = time.perf_counter()
-
-    def stop(self, state: TrainState) -> None:
-        """Stops the clock of training, and brings the run's wall time up to date."""
-        self._take(state)
-        if self._since_s is not None:
-            self._take_sent_bytes()
-        self._since_s = None
-
-    def add(self, batches: list[Batch]) -> None:
-        """Counts one step."""
-        self._num_steps += 1
-        self._num_overflow_tokens += sum(batch.num_overflow_tokens for batch in batches)
-
-    def record(self, run: Run, result: StepResult) -> dict[str, float]:
-        """Returns the metrics of the steps since the last record, and begins the next. Collective."""
-        self._take(run.state)
-        speed = self.throughput.update(self._training_s, self._num_steps * run.derived.tokens_per_step)
-        # Context-parallel processes read the same sequences: one of them counts.
-        mine = self._num_overflow_tokens if run.groups.context_rank == 0 else 0
-        overflow = torch.tensor(mine, dtype=torch.int64, device=run.groups.device)
-        values = {
-            "train/loss_nats": result.loss_nats,
-            **result.added,
-            "optim/lr": result.lr,
-            "optim/grad_norm": result.grad_norm,
-            "optim/num_zeros": result.num_zeros,
-            "progress/consumed_tokens": run.state.consumed_tokens,
-            "perf/data_wait_s": self.data_wait_s,
-            "data/overflow_tokens": int(run.groups.sum_over_data(overflow).item()),
-            "memory/peak_gib": _peak_memory_gib(run.groups),
-            **speed,
-            **self._context_traffic(run),
-        }
-        self.data_wait_s, self._training_s, self._num_steps, self._num_overflow_tokens = 0.0, 0.0, 0, 0
-        return values
-
-    def _context_traffic(self, run: Run) -> dict[str, float]:
-        """Returns what was sent between context-parallel processes since the last record. Collective."""
-        self._take_sent_bytes()
-        parallel, model = run.config.parallel, run.config.model
-        if parallel.context_size == 1:
-            return {}
-        mine = torch.tensor(self._sent_bytes, dtype=torch.int64, device=run.groups.device)
-        self._sent_bytes = [0, 0]
-        # Every layer is on one stage, and every copy and part of it goes through these micro-batches.
-        layers = (model.num_layers + model.mtp_num_layers) * run.groups.world_size // parallel.pipeline_size
-        times = layers * run.derived.micro_batches_per_step * self._num_steps
-        total, across = (number / times for number in run.groups.sum_over_world(mine).tolist())
-        values = {"perf/context_sent_bytes_per_layer": total}
-        if parallel.context_node_size is not None:
-            values["perf/context_sent_across_nodes_bytes_per_layer"] = across
-        return values
-
-    def _take_sent_bytes(self) -> None:
-        self._sent_bytes = [a + b for a, b in zip(self._sent_bytes, traffic.take(), strict=True)]
-
-    def _take(self, state: TrainState) -> None:
-        now_s = time.perf_counter()
-        if self._since_s is not None:
-            self._training_s += now_s - self._since_s
-            self._since_s = now_s
-        state.wall_s += now_s - self._wall_since_s
-        self._wall_since_s = now_s
 
 
 def faults_of(config: TrainConfig, rank: int) -> Faults:
@@ -228,6 +139,8 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
         checkpointer = Checkpointer(folder, config, groups, watch.notify)
         progress.enter("load")
         state = _starting_state(parts, checkpointer, train_reader, folder, watch.notify)
+        clock = PhaseClock(groups.device)
+        progress.on_enter.append(clock.enter)
         yield Run(
             config=config,
             derived=derived,
@@ -245,7 +158,11 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
             parts=parts,
             checkpointer=checkpointer,
             state=state,
-            meter=Meter(_throughput(derived, config, state.consumed_sequences)),
+            meter=Meter(
+                _throughput(derived, config, state.consumed_sequences),
+                DocumentFlops(config, derived.parameters),
+                clock,
+            ),
         )
 
 
@@ -316,7 +233,9 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
         if run.progress.faults.happens("hang_data", step):
             time.sleep(float(10**6))
         starts = micro_batch_starts(run.config, run.groups, consumed + (step - first_step) * batch)
-        return [run.train_reader.micro_batch(first, size) for first in starts]
+        batches = [run.train_reader.micro_batch(first, size) for first in starts]
+        run.meter.count_ahead(batches, step)
+        return batches
 
     steps = range(first_step, run.config.run.train_steps + 1)
     with Prefetcher(read, steps, depth=2, poll=_give_up_waiting) as prefetcher:
@@ -353,22 +272,12 @@ def _starting_state(
             notify("start_from", f"new stage: weights of {source}, all counters at 0")
         else:
             notify("start_from", f"starting from fresh weights, seed {config.run.seed}")
+    skipped = skipped_ranges(config.data.skip_sequences)
+    check_skip_list(state.skipped, skipped, state.consumed_sequences)
+    state.skipped = skipped
     if rank == 0:
         if state.step < config.run.train_steps:
             folder.summary_file.unlink(missing_ok=True)  # of an earlier, shorter end of this run
         if config.monitoring.wandb.mode is not WandbMode.disabled:
             state.wandb_run_id = stable_run_id(folder.wandb_dir)
     return state
-
-
-def _peak_memory_gib(groups: Groups) -> float:
-    if groups.device.type == "cuda":
-        num_bytes = torch.cuda.max_memory_allocated()
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    peak = torch.tensor(num_bytes / 2**30, dtype=torch.float64, device=groups.device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return float(peak.item())

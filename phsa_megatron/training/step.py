@@ -18,6 +18,7 @@ from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SelectionListener, SideInfo
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.skip_list import number_at, skipped_ranges
 from phsa_megatron.config.topk_schedule import step_topk
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
@@ -45,6 +46,9 @@ class StepResult:
     """Tokens with a loss in the global batch."""
     added: dict[str, float] = field(default_factory=dict)
     """Losses that layers added, by their names in the metrics table, before their weights."""
+    rows: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+    """On the last pipeline stage, fp64 [2, b] per micro-batch of this process: nats and tokens of its part of
+    each sequence; on the device."""
 
 
 class NonFiniteStepError(TrainingError):
@@ -72,6 +76,15 @@ class NonFiniteStepError(TrainingError):
         self.parameters = parameters
         self.sequences = sequences
         super().__init__(self.describe())
+
+    def evidence(self) -> dict[str, Any]:
+        """Returns what is known about the step, as JSON values."""
+        return {
+            "loss_nats": repr(self.loss_nats),
+            "grad_norm": repr(self.grad_norm),
+            "parameters": {str(rank): names for rank, names in self.parameters.items()},
+            "sequences": self.sequences,
+        }
 
     def describe(self) -> str:
         """Returns what is known about the step, for a person."""
@@ -290,7 +303,7 @@ def train_step(
     state.step = step
     state.consumed_sequences = consumed
     state.consumed_tokens += num_tokens
-    return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens, added)
+    return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens, added, tuple(rows))
 
 
 def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:
@@ -336,7 +349,8 @@ def _bad_sequences(parts: Parts, rows: list[Tensor], state: TrainState) -> list[
     ]
     everyone: list[list[int]] = [[] for _ in range(parts.groups.world_size)]
     dist.all_gather_object(everyone, mine)
-    return sorted({sequence for part in everyone for sequence in part})
+    skipped = skipped_ranges(parts.config.data.skip_sequences)
+    return sorted({number_at(position, skipped) for part in everyone for position in part})
 
 
 def poison_gradient(parts: Parts) -> None:

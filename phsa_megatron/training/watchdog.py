@@ -73,6 +73,8 @@ class Watchdog:
         self._started_unix_s = psutil.Process().create_time()
         self._closing = threading.Event()
         self._telling = threading.Lock()
+        self._stall_frac = config.monitoring.alerts.stall_frac
+        self._stall_told_of_s = 0.0
         self._told = False
         self._stacks: TextIO | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -132,8 +134,22 @@ class Watchdog:
                 # This thread slept too: the whole process was stopped, which is nobody's hang.
                 self._progress.moved_s = max(self._progress.moved_s, now_s)
             last_look_s = now_s
+            self._tell_of_stall(now_s)
             if self._health.watchdog:
                 self._look(now_s)
+
+    def _tell_of_stall(self, now_s: float) -> None:
+        """Tells once, before the time is up, that nothing moves: `monitoring.alerts.stall_frac` of it."""
+        name, limit_s = allowed_s(self._health, self._progress)
+        moved_s = self._progress.moved_s
+        if now_s - moved_s > self._stall_frac * limit_s and moved_s != self._stall_told_of_s:
+            self._stall_told_of_s = moved_s
+            text = (
+                f"no progress for {now_s - moved_s:.0f} s at {self._heartbeat().where()}; health.{name} "
+                f"allows {limit_s:.0f} s"
+            )
+            for listener in self._progress.on_stall:
+                listener(text)
 
     def _look(self, now_s: float) -> None:
         name, limit_s = allowed_s(self._health, self._progress)

@@ -22,6 +22,8 @@ SMALL = {"optim.micro_batch_sequences": 1}
 BROKEN = [
     ("_run_name", {"run.name": "a/b"}, ["run.name='a/b'", "names a folder", "choose another"]),
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
+    ("_skip_list", {"data.skip_sequences": ["9-3"]}, ["data.skip_sequences", "'9-3'", "FIRST-LAST"]),
+    ("_skip_list", {"data.skip_sequences": ["a"]}, ["data.skip_sequences", "'a'", "such as '800-815'"]),
     ("_topk", {"attention.train_topk": 0}, ["attention.train_topk=0", "attention.kind=dense"]),
     ("_topk", {"attention.infer_topk": 0}, ["attention.infer_topk=0", "at least one block"]),
     *BROKEN_LEARNED,

@@ -172,7 +172,7 @@ def test_commands_of_this_room_have_help(capsys, command):
         ("prepare-tokenizer", "phsa_megatron.data.commands", "prepare_tokenizer"),
         ("show-batch", "phsa_megatron.data.commands", "show_batch"),
         ("doctor", "phsa_megatron.doctor", "main"),
-        ("report", "phsa_megatron.monitoring.report", "main"),
+        ("report", "phsa_megatron.monitoring.report_command", "main"),
         ("punctuation", "phsa_megatron.evaluation.punctuation_density", "main"),
         ("compare", "phsa_megatron.evaluation.compare", "main"),
         ("verify-resume", "phsa_megatron.training.verify_resume", "main"),

@@ -132,3 +132,18 @@ def test_the_limit_of_documents_follows_from_the_length_unless_it_is_set(mixture
     assert documents_limit(data) == 8
     data.max_documents_per_sequence, data.seq_len_tokens = None, 512
     assert documents_limit(data) == 32
+
+
+def test_sequences_that_are_passed_over_keep_their_numbers_and_change_no_fingerprint(mixture):
+    plain, skipping = mixture(), mixture()
+    skipping.data.skip_sequences = ["12", "3-5", "6-7"]
+    order, shorter = SequenceOrder(plain, "train"), SequenceOrder(skipping, "train")
+    kept = [n for n in range(40) if n not in (3, 4, 5, 6, 7, 12)]
+    assert [shorter.number(at) for at in range(len(kept))] == kept
+    assert [shorter.sequence(at) for at in range(len(kept))] == [order.sequence(n) for n in kept]
+    assert shorter.sequence_at(4) == order.sequence(4)
+    assert shorter.fingerprint == order.fingerprint
+    valid = SequenceOrder(skipping, "valid")
+    assert [valid.sequence(n) for n in range(4)] == [
+        SequenceOrder(plain, "valid").sequence(n) for n in range(4)
+    ]

@@ -169,7 +169,7 @@ def test_wandb_gets_the_same_values_and_its_failure_changes_nothing(folder, conf
         recorder.log(1, {"train/loss_nats": 3.0})
         recorder.log(2, {"train/loss_nats": 2.0})
         recorder.close()
-    assert Broken.logged == [{"progress/step": 1, "train/loss_nats": 3.0}]
+    assert Broken.logged == [{"progress/step": 1, "progress/launch": 1, "train/loss_nats": 3.0}]
     assert sum("server gone" in record.message for record in caplog.records) == 1
     assert read_records(folder.metrics_file).series("train/loss_nats") == ([1, 2], [3.0, 2.0])
 

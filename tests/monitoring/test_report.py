@@ -7,8 +7,9 @@ import pytest
 from phsa_megatron.config.errors import ConfigError, DataError
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.run_folder import RunFolder
-from phsa_megatron.monitoring.report import main, read_run, write_report
-from phsa_megatron.monitoring.report_figures import _restart_steps
+from phsa_megatron.monitoring.report import read_run, write_report
+from phsa_megatron.monitoring.report_command import main
+from phsa_megatron.monitoring.report_figures import restart_steps
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -117,7 +118,7 @@ def test_a_dense_run_has_no_figures_of_selection(unfinished_run):
 
 
 def test_restarts_are_drawn_at_the_last_step_before_them(unfinished_run):
-    assert _restart_steps(read_run(unfinished_run).records) == [400]
+    assert restart_steps(read_run(unfinished_run).records) == [400]
 
 
 def test_values_of_the_killed_attempt_are_not_drawn(unfinished_run):
