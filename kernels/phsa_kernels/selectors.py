@@ -40,8 +40,9 @@ def block_vectors(
     Args:
         keys: [blocks, m, Hkv, D], wide.
         kind: 'cumulant', 'minmax', 'two_means' or 'moba'.
-        weights: [blocks, m] that sum to 1 in every block, or None for 1/m; minmax and moba ignore them.
-        marks: bool [blocks, m], punctuation; only minmax reads them. None is plain.
+        weights: [blocks, m] or [blocks, m, Hkv] that sum to 1 in every block, or None for 1/m; minmax and
+            moba ignore them.
+        marks: bool [blocks, m] or [blocks, m, Hkv], punctuation; only minmax reads them. None is plain.
         mean_weight_frac: lambda of minmax's blend.
 
     Raises:
@@ -53,7 +54,7 @@ def block_vectors(
     if kind == "minmax":
         return _bounds(keys, marks, mean_weight_frac)
     w = keys.new_full((num_blocks, m), 1.0 / m) if weights is None else weights.to(keys.dtype)
-    w = w[..., None, None]
+    w = w.view(num_blocks, m, -1, 1)
     if kind == "cumulant":
         mean = (w * keys).sum(1)
         return torch.stack([mean, (w * (keys - mean[:, None]).square()).sum(1)], dim=2)
@@ -70,7 +71,8 @@ def block_vectors(
 def _bounds(keys: Tensor, marks: Tensor | None, mean_weight_frac: float) -> Tensor:
     lower, upper = keys.amin(1), keys.amax(1)
     if marks is not None:
-        flagged, any_mark = marks[..., None, None], marks.any(1)[:, None, None]
+        flagged = marks.view(*marks.shape[:2], -1, 1)
+        any_mark = flagged.any(1)
         mark_lower = keys.masked_fill(~flagged, math.inf).amin(1)
         mark_upper = keys.masked_fill(~flagged, -math.inf).amax(1)
         lam = mean_weight_frac
@@ -129,11 +131,25 @@ def infllm_v2_scores(
         scale: of the dot products.
         coarse_lse: approximate the normalizer.
     """
-    num_blocks, per_block = len(keys) // block_tokens, block_tokens // STRIDE_TOKENS
-    fine = _window_scores(q, keys, position, WINDOW_TOKENS, STRIDE_TOKENS, scale)
+    pooled = _infllm_v2_windows(keys, coarse_lse)
+    return _scores_of_windows(q, pooled, position, len(keys) // block_tokens, block_tokens, scale)
+
+
+def _infllm_v2_windows(keys: Tensor, coarse_lse: bool) -> list[Tensor]:
+    """Return a document's fine windows, and with `coarse_lse` its coarse ones."""
+    sizes = [(WINDOW_TOKENS, STRIDE_TOKENS), (COARSE_WINDOW_TOKENS, COARSE_STRIDE_TOKENS)]
+    return [windows(keys, *size) for size in sizes[: 1 + coarse_lse]]
+
+
+def _scores_of_windows(
+    q: Tensor, pooled: list[Tensor], position: Tensor, num_blocks: int, block_tokens: int, scale: float
+) -> Tensor:
+    """Return the scores of `infllm_v2_scores` from the windows of `_infllm_v2_windows`."""
+    per_block = block_tokens // STRIDE_TOKENS
+    fine = _window_scores(q, pooled[0], position, WINDOW_TOKENS, STRIDE_TOKENS, scale)
     lse = fine.logsumexp(-1, keepdim=True)
-    if coarse_lse:
-        coarse = _window_scores(q, keys, position, COARSE_WINDOW_TOKENS, COARSE_STRIDE_TOKENS, scale)
+    if len(pooled) > 1:
+        coarse = _window_scores(q, pooled[1], position, COARSE_WINDOW_TOKENS, COARSE_STRIDE_TOKENS, scale)
         rough = coarse.logsumexp(-1, keepdim=True)
         lse = torch.where(rough.isfinite(), rough, lse)
     # Without a visible window both are -inf, and their difference NaN.
@@ -147,10 +163,9 @@ def infllm_v2_scores(
 
 
 def _window_scores(
-    q: Tensor, keys: Tensor, position: Tensor, window_tokens: int, stride_tokens: int, scale: float
+    q: Tensor, pooled: Tensor, position: Tensor, window_tokens: int, stride_tokens: int, scale: float
 ) -> Tensor:
-    pooled = windows(keys, window_tokens, stride_tokens)
-    end = torch.arange(len(pooled), device=keys.device) * stride_tokens + window_tokens - 1
+    end = torch.arange(len(pooled), device=pooled.device) * stride_tokens + window_tokens - 1
     scores = torch.einsum("nhrd,whd->nhrw", q, pooled) * scale
     return scores.masked_fill((end > position[:, None])[:, None, None], -math.inf)
 
@@ -190,8 +205,8 @@ def select_blocks(
         local_tokens: as in `api.select`.
         block_tokens: m; infllm_v2 needs a multiple of 16.
         group_score: 'softmax_sum' or 'raw_sum'; moba (per head) and infllm_v2 (softmax) have their own.
-        weights: fp32 [Tk] pooling weights, for cumulant and two_means joined with punctuation.
-        marks: bool [Tk] punctuation, for minmax joined with it.
+        weights: fp32 [Tk] or [Tk, Hkv] pooling weights, for cumulant and two_means joined with punctuation.
+        marks: bool [Tk] or [Tk, Hkv] punctuation, for minmax joined with it.
         mean_weight_frac: lambda of minmax's blend.
         coarse_lse: infllm_v2's approximate normalizer.
         softmax_scale: default D ** -0.5.
@@ -217,6 +232,7 @@ def select_blocks(
     num_selectors = q.shape[1] if kind == "moba" else num_kv_heads
     ids = torch.full((len(q), num_selectors, topk), -1, dtype=torch.int32, device=q.device)
     vectors_of_doc: dict[int, Tensor] = {}
+    windows_of_doc: dict[int, list[Tensor]] = {}
 
     def vectors(doc: int) -> Tensor:
         if doc not in vectors_of_doc:
@@ -241,8 +257,11 @@ def select_blocks(
         current = position // m
         queries = q[rows].to(wide).reshape(len(rows), num_kv_heads, -1, q.shape[2])
         if kind == "infllm_v2":
-            document = k[starts[doc] : starts[doc + 1]].to(wide)
-            scores = infllm_v2_scores(queries, document, position, m, scale, coarse_lse)
+            if doc not in windows_of_doc:
+                document = k[starts[doc] : starts[doc + 1]].to(wide)
+                windows_of_doc[doc] = _infllm_v2_windows(document, coarse_lse)
+            pooled = windows_of_doc[doc]
+            scores = _scores_of_windows(queries, pooled, position, lengths[doc] // m, m, scale)
         else:
             scores = head_scores(queries, vectors(doc), kind, scale)
             scores = scores.flatten(1, 2) if kind == "moba" else _group(scores, current, group_score)

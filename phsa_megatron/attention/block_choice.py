@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from phsa_kernels.api import block_boundaries, pool, select
+from phsa_kernels.api import block_boundaries, pool, select, token_positions
 from phsa_kernels.selectors import max_norm_flags, select_blocks
 from phsa_megatron.attention.controls import weights_of_flags
 from phsa_megatron.config.schema import AttentionConfig, Selector
@@ -66,6 +66,51 @@ def choose_blocks(
         topk: k.
         softmax_scale: None is D ** -0.5.
     """
+    return choose_blocks_by_weights(
+        query,
+        keys,
+        q_pos,
+        q_doc,
+        side_info.cu_seqlens,
+        side_info.pool_weights.reshape(-1),
+        side_info.is_punctuation.reshape(-1),
+        attention,
+        topk,
+        softmax_scale,
+    )
+
+
+@torch.no_grad()
+def choose_blocks_by_weights(
+    query: Tensor,
+    keys: Tensor,
+    q_pos: Tensor,
+    q_doc: Tensor,
+    cu_seqlens: Tensor,
+    pool_weights: Tensor,
+    is_punctuation: Tensor,
+    attention: AttentionConfig,
+    topk: int,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Return the chosen blocks, as `choose_blocks`, from what it reads of the side information.
+
+    Weights and flags may differ by key-value head, so that documents of one length can stand side by side
+    as heads of one.
+
+    Args:
+        query: as in `choose_blocks`, and so are `keys`, `q_pos`, `q_doc`, `attention`, `topk` and
+            `softmax_scale`.
+        keys: see there.
+        q_pos: see there.
+        q_doc: see there.
+        cu_seqlens: int32 [N + 1], document boundaries.
+        pool_weights: fp32 [T] or [T, Hkv].
+        is_punctuation: bool [T] or [T, Hkv].
+        attention: see there.
+        topk: see there.
+        softmax_scale: see there.
+    """
     selector = attention.selector
     if selector in WITHOUT_SELECTION:
         return torch.empty(len(query), keys.shape[1], 0, dtype=torch.int32, device=query.device)
@@ -73,8 +118,8 @@ def choose_blocks(
     if selector in ONE_POOLED_KEY:
         pooled = pool(
             keys,
-            _weights(keys, side_info, attention),
-            side_info.cu_seqlens,
+            _weights(keys, pool_weights, cu_seqlens, attention),
+            cu_seqlens,
             block_tokens=attention.block_tokens,
             impl=attention.impl.value,
         )
@@ -83,7 +128,7 @@ def choose_blocks(
             pooled,
             q_pos,
             q_doc,
-            block_boundaries(side_info.cu_seqlens, attention.block_tokens),
+            block_boundaries(cu_seqlens, attention.block_tokens),
             topk=topk,
             init_tokens=attention.init_tokens,
             local_tokens=attention.local_tokens,
@@ -98,15 +143,15 @@ def choose_blocks(
         keys,
         q_pos,
         q_doc,
-        side_info.cu_seqlens,
+        cu_seqlens,
         kind=_KERNEL_KIND.get(selector, selector.value),
         topk=topk,
         init_tokens=attention.init_tokens,
         local_tokens=attention.local_tokens,
         block_tokens=attention.block_tokens,
         group_score=group_score,
-        weights=side_info.pool_weights.reshape(-1) if joined else None,
-        marks=side_info.is_punctuation.reshape(-1) if joined else None,
+        weights=pool_weights if joined else None,
+        marks=is_punctuation if joined else None,
         mean_weight_frac=attention.mean_weight_frac,
         coarse_lse=attention.coarse_lse,
         softmax_scale=softmax_scale,
@@ -114,10 +159,10 @@ def choose_blocks(
     )
 
 
-def _weights(keys: Tensor, side_info: KeyInfo, attention: AttentionConfig) -> Tensor:
+def _weights(keys: Tensor, pool_weights: Tensor, cu_seqlens: Tensor, attention: AttentionConfig) -> Tensor:
     """Return fp32 [T], or [T, Hkv] where the second branch depends on keys."""
     if attention.selector != Selector.max_norm:
-        return side_info.pool_weights.reshape(-1)
-    position, _ = side_info.positions()
-    flags = max_norm_flags(keys, position, side_info.cu_seqlens, attention.block_tokens)
+        return pool_weights
+    position, _ = token_positions(cu_seqlens, len(keys))
+    flags = max_norm_flags(keys, position, cu_seqlens, attention.block_tokens)
     return weights_of_flags(flags, attention.block_tokens, attention.mean_weight_frac)

