@@ -117,7 +117,7 @@ class Reader:
         ]
 
     def digits(self, cell: Cell) -> list[int]:
-        """Return how many of its digits each trial gets right under a selector, in the order of the trials."""
+        """Return how many of its digits each trial gets right under a selector, in their order."""
         right = [0] * self._count
         for group in self._groups:
             wanted = group.digits
@@ -157,9 +157,7 @@ class _Group:
         return answer_logits(self._model, self._whole[:, self._start :], self._before, attend)
 
 
-def answer_logits(
-    model: ProbeModel, tokens: Tensor, before: KeysAndValues | None, attend: Attend
-) -> Tensor:
+def answer_logits(model: ProbeModel, tokens: Tensor, before: KeysAndValues | None, attend: Attend) -> Tensor:
     """Return fp32 [b, digits, vocabulary]: the logits before each digit of texts int64 [b, n]."""
     hidden, _ = model.read(tokens, before, attend, keeps=False)
     return model.logits(hidden[:, -NUM_DIGITS - 1 : -1])

@@ -63,6 +63,53 @@ def layers_and_heads(path: Path, table: Sequence[Sequence[float]], *, title: str
     return _save(figure, path)
 
 
+def heat_maps(
+    path: Path,
+    panels: Mapping[tuple[int, int], tuple[str, Sequence[Sequence[float]]]],
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> Path:
+    """Draw maps of shares from 0 to 1 in a grid; return `path`.
+
+    Args:
+        path: of the PNG.
+        panels: by row and column of the grid: a title, and values by row and column of the map, nan for none.
+        columns: names of a map's columns.
+        rows: names of a map's rows.
+        title: of the figure.
+        x_label: of a map's columns.
+        y_label: of a map's rows.
+    """
+    down, across = (max(key[i] for key in panels) + 1 for i in (0, 1))
+    size = 0.6 + 0.52 * len(columns), 0.5 + 0.34 * len(rows)
+    figure = Figure(figsize=(1.2 + size[0] * across, 1.0 + size[1] * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for i, j in ((i, j) for i in range(down) for j in range(across)):
+        axes = grid[i][j]
+        if (i, j) not in panels:
+            axes.set_axis_off()
+            continue
+        name, values = panels[i, j]
+        axes.imshow(values, vmin=0.0, vmax=1.0, aspect="auto", cmap="viridis")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value == value:  # not nan
+                    color = "black" if value > 0.6 else "white"
+                    text = f"{value:.2f}".removeprefix("0")
+                    axes.text(x, y, text, ha="center", va="center", fontsize=6, color=color)
+        axes.set_xticks(range(len(columns)), columns, fontsize=6)
+        axes.set_yticks(range(len(rows)), rows, fontsize=6)
+        axes.set_title(name, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel(x_label, fontsize=8)
+    figure.supylabel(y_label, fontsize=8)
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(path, dpi=110)

@@ -78,7 +78,7 @@ class Probe:
         return cls(attention, side_info.pool_weights, side_info.is_punctuation)
 
     def choose(self, query: Tensor, keys: Tensor, rows: Tensor, topk: int) -> Tensor:
-        """Return the blocks int32 [b, n, Hkv or Hq, k] of queries [b, n, Hq, D] at positions `rows` int64 [n].
+        """Return the blocks int32 [b, n, Hkv or Hq, k] of queries [b, n, Hq, D] at `rows` int64 [n].
 
         Heads are chosen for by themselves, so the documents stand side by side as the heads of one: one
         product for all, and the same result as document by document.

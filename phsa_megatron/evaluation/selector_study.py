@@ -7,11 +7,11 @@
     phsa-train selector-study lengths-page --out runs/lengths --page docs/results/smollm2_needles
 
 `python -m phsa_megatron.evaluation.smollm2` makes the model folder. Every measured cell is a line in
-OUT/needles.jsonl or OUT/mass.jsonl; a second start goes on after the last one, and `--deadline-s` ends a start
-in time. `--device cuda` measures on a GPU; `check` counts the answers that another device or dtype changes.
+OUT/needles.jsonl or OUT/mass.jsonl; a second start goes on after the last one, and `--deadline-s` ends a
+start in time. `--device cuda` measures on a GPU; `check` counts the answers that another device or dtype changes.
 
-needles: `--prefill dense` reads the text before the question with dense attention, once, and the question with
-each selector; `--prefill sparse` reads everything with the selector. Selectors see the same trials.
+needles: `--prefill dense` reads the text before the question with dense attention, once, and the question
+with each selector; `--prefill sparse` reads everything with the selector. Selectors see the same trials.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _mass_cells(
     part = ids[document * MASS_TOKENS : (document + 1) * MASS_TOKENS]
     if len(part) < MASS_TOKENS:
         raise ValueError(
-            f"the text {text} has {len(ids)} tokens: not enough for --documents={document + 1} of {MASS_TOKENS}"
+            f"the text {text} has {len(ids)} tokens: too few for --documents={document + 1} of {MASS_TOKENS}"
         )
     tokens = torch.tensor([part], device=study.device)
     rows = torch.linspace(0, MASS_TOKENS - 1, MASS_ROWS).long().to(study.device)

@@ -1,4 +1,4 @@
-"""What the measurements of the selector study share: model, texts, finished cells, progress and the time left."""
+"""What the measurements of the selector study share: model, texts, finished cells and progress."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def progress(todo: Sequence[_T], title: str) -> Iterator[_T]:
             yield piece
             bar.advance(task)
             now = time.monotonic()
-            if not console.is_terminal and (
-                now - last > _SECONDS_BETWEEN_LINES or number in (1, len(todo))
-            ):
+            if not console.is_terminal and (now - last > _SECONDS_BETWEEN_LINES or number in (1, len(todo))):
                 last, left = now, (now - start) / number * (len(todo) - number)
                 line = f"{title}: {number}/{len(todo)} in {now - start:.0f} s, about {left:.0f} s left"
                 console.print(line, soft_wrap=True)

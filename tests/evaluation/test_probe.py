@@ -58,7 +58,7 @@ def test_logits_are_those_of_transformers_also_in_two_parts(llama):
 
 @pytest.mark.parametrize("selector", sorted(set(Selector) - {Selector.dense_window}))
 def test_sparse_attention_of_the_last_queries_is_the_kernels_document_by_document(selector, monkeypatch):
-    """Documents that stand side by side as heads, in parts of a mask, against the kernels with one at a time."""
+    """Documents that stand side by side as heads, in parts of a mask, against the kernels with each alone."""
     monkeypatch.setattr(probe_attention, "_MASK_ENTRIES", 7_000)
     lam = 1.0 if selector in WITHOUT_SECOND_BRANCH else 0.5
     settings = AttentionConfig(
@@ -76,9 +76,7 @@ def test_sparse_attention_of_the_last_queries_is_the_kernels_document_by_documen
         side_info = SideInfo.build(tokens[i : i + 1], cu_seqlens, TABLE, settings, 2)
         where = rows.to(torch.int32), torch.zeros(n, dtype=torch.int32)
         ids = choose_blocks(q[i], k[i], *where, side_info, settings, 2, None)
-        expected, _ = attend(
-            q[i], k[i], v[i], ids, *where, cu_seqlens, init_tokens=16, local_tokens=32
-        )
+        expected, _ = attend(q[i], k[i], v[i], ids, *where, cu_seqlens, init_tokens=16, local_tokens=32)
         torch.testing.assert_close(together[i], expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="149 keys for documents of 150"):
         Probe.of(tokens, settings, TABLE).attend(2, q, k[:, :149], v[:, :149])

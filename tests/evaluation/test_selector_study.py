@@ -3,36 +3,50 @@ import math
 
 import pytest
 
-from phsa_megatron.evaluation.selector_study import main, read_cells
-from phsa_megatron.evaluation.study_page import count_needles, wilson, write_page
+from phsa_megatron.evaluation import needle_scores
+from phsa_megatron.evaluation.needle_scores import difference, hits_of, rank_correlation, wilson
+from phsa_megatron.evaluation.selector_study import main
+from phsa_megatron.evaluation.study_page import gains_of, write_page
+from phsa_megatron.evaluation.study_setup import read_cells
 from phsa_megatron.evaluation.study_texts import TEXTS, text_of
 
-
-def _needle(selector, topk, trial, hit):
-    base = {"prefill": "dense", "text": "essays", "depth_frac": 0.1, "num_digits": 7}
-    return {**base, "selector": selector, "topk": topk, "trial": trial, "hit": hit}
+ORIGIN = {"text_sha256": "abc", "dtype": "float32", "device": "CPU"}
 
 
-def _mass(text, selector, topk, gain):
+def _needle(selector, topk, hits, text="essays", prefill="dense", num_tokens=2048, first_trial=0):
+    """A cell whose trials are hits where `hits` has a 1."""
+    place = {"prefill": prefill, "text": text, "num_tokens": num_tokens, "first_trial": first_trial}
+    return {**ORIGIN, **place, "selector": selector, "topk": topk, "num_digits": [6 + h for h in hits]}
+
+
+def _mass(text, selector, topk, gain, document=0):
     shares = {
         "kept_mass_frac": 0.8,
         "window_mass_frac": 0.7,
         "oracle_mass_frac": 0.9,
         "block_recall_frac": 0.5,
     }
-    return {"text": text, "selector": selector, "topk": topk, "rows": 4, "oracle_gain_frac": gain, **shares}
+    where = {**ORIGIN, "text": text, "document": document, "selector": selector, "topk": topk, "rows": 4}
+    return {**where, "oracle_gain_frac": gain, **shares}
+
+
+def _write(path, cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(c) + "\n" for c in cells))
 
 
 def test_a_cell_that_a_kill_cut_short_is_measured_again(tmp_path):
     file = tmp_path / "needles.jsonl"
-    file.write_text(json.dumps(_needle("phsa", 1, 0, True)) + "\n" + '{"selector": "ph')
+    file.write_text(json.dumps(_needle("phsa", 1, [1])) + "\n" + '{"selector": "ph')
     assert [cell["selector"] for cell in read_cells(file)] == ["phsa"]
     assert read_cells(tmp_path / "nothing.jsonl") == []
 
 
-def test_hits_are_counted_by_cell_and_intervals_are_wilsons():
-    cells = [_needle("phsa", 1, n, n < 3) for n in range(10)]
-    assert count_needles(cells) == {("dense", "essays", "phsa", 1): (3, 10)}
+def test_hits_are_counted_by_trial_and_intervals_are_wilsons():
+    cells = [_needle("phsa", 1, [1, 0, 1]), _needle("phsa", 1, [0, 1], first_trial=2)]
+    hits = hits_of(cells)["dense", "essays", 2048]["phsa", 1]
+    assert hits == {0: True, 1: False, 2: False, 3: True}  # trial 2 was measured again
+    assert needle_scores.at_depth(hits, 0.3) == {1: False}
     low, high = wilson(3, 10)
     # Solves (p - 0.3)^2 = 1.96^2 p (1 - p) / 10 at both ends.
     for p in (low, high):
@@ -40,37 +54,98 @@ def test_hits_are_counted_by_cell_and_intervals_are_wilsons():
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
 
 
+def _places(phsa, other):
+    return list(hits_of([_needle("phsa", 1, phsa), _needle("mean_pool", 1, other)]).values())
+
+
+def test_a_difference_is_shown_only_where_trials_agree_on_it():
+    often, seldom = [1, 1, 1, 1, 0] * 20, [1, 0, 0, 0, 0] * 20
+    found = difference(_places(often, seldom), "phsa", "mean_pool", [1])
+    assert found is not None and found.mean == pytest.approx(0.6) and found.verdict == "finds more"
+    # 60 differences of 1 and 40 of 0: the mean has the standard error (0.6 * 0.4 / 100) ** 0.5 = 0.049.
+    assert found.low == pytest.approx(0.6 - 1.96 * 0.049, abs=0.01)
+    assert found.high == pytest.approx(0.6 + 1.96 * 0.049, abs=0.01)
+    back = difference(_places(seldom, often), "phsa", "mean_pool", [1])
+    assert back is not None and back.verdict == "finds fewer"
+    half = difference(_places([1, 0] * 50, [0, 1] * 50), "phsa", "mean_pool", [1])
+    assert half is not None and half.verdict == "no difference is shown" and half.mean == 0
+    assert difference(_places(often, seldom), "phsa", "mean_pool", [1, 2]) is None  # k = 2 is not measured
+
+
+def test_rank_correlation_is_of_ranks():
+    assert rank_correlation([1, 2, 3], [1, 10, 100]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # scipy.stats.spearmanr
+    assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+
+
 def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp_path):
-    cells = [_needle("dense", 0, n, True) for n in range(4)]
-    cells += [_needle("phsa", k, n, n == 0) for k in (1, 2) for n in range(4)]
-    cells += [_needle("mean_pool", k, n, n > 0) for k in (1, 2) for n in range(4)]
-    (tmp_path / "needles.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
-    mass = [_mass(t, "window", 0, math.nan) for t in ("essays", "code")]
+    texts = ("essays", "code")
+    cells = []
+    for t in texts:
+        cells += [_needle("dense", 0, [1] * 4, t)]
+        cells += [_needle("phsa", k, [1, 0, 0, 0], t) for k in (1, 2)]
+        cells += [_needle("mean_pool", k, [1, 1, 1, 1], t) for k in (1, 2)]
+        cells += [_needle("last_token", k, [0, 0, 0, 0], t) for k in (1, 2)]
+    _write(tmp_path / "needles.jsonl", cells)
+    mass = [_mass(t, "window", 0, math.nan) for t in texts]
     mass += [
-        _mass(t, s, k, g)
-        for t in ("essays", "code")
+        _mass(t, s, k, g + d, document)
+        for t in texts
         for k in (2, 16)
-        for s, g in (("phsa", 0.2), ("mean_pool", 0.3))
+        for s, g in (("phsa", 0.2), ("mean_pool", 0.3), ("last_token", 0.1))
+        for document, d in ((0, 0.01), (1, -0.01))
     ]
-    (tmp_path / "mass.jsonl").write_text("".join(json.dumps(c) + "\n" for c in mass))
+    _write(tmp_path / "mass.jsonl", mass)
+    assert gains_of(mass)["phsa"][2]["code"] == pytest.approx(0.2)
     assert main(["page", "--out", str(tmp_path), "--page", str(tmp_path / "page" / "selectors")]) == 0
     text = (tmp_path / "page" / "selectors.md").read_text()
     assert "essays, prefill = dense: 4 trials a cell" in text and "Fewer than 50 trials" in text
-    assert "| phsa | 1/4 (" in text and "| mean_pool | 3/4 (" in text and "| dense | 4/4 (" in text
-    assert "`phsa` alone 2, `mean_pool` alone 6, of 8 cells" in text
+    assert "| phsa | 1/4 (" in text and "| mean_pool | 4/4 (" in text and "| dense | 4/4 (" in text
     assert (
-        "against `mean_pool`: `phsa` recovers less in 4 of 4 (text, k) cells; mean difference -0.100" in text
+        "- `phsa` against `mean_pool`: attention mass -0.100 (from -0.100 to -0.100 over texts), less in 2 of "
+        "2 texts; needles, prefill = dense: finds fewer, -0.750 (" in text
     )
-    assert "| phsa | 0.200 ± 0.000 | 0.200 ± 0.000 |" in text
-    for name in ("mass", "needles_essays_dense"):
+    assert "less in 0 of 2 texts; needles, prefill = dense: no difference is shown, +0.250 (+0.000 to" in text
+    assert "| phsa | 0.200 ± 0.000 | 0.200 ± 0.000 |" in text and "2 documents of 8,192" in text
+    assert "attention mass with needles, prefill = dense, over 3 selectors: +1.00" in text
+    for name in ("mass", "needles_dense"):
         assert (tmp_path / "page" / f"selectors_{name}.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "page" / "selectors.json").read_text())
     assert {k: content["needles"][1][k] for k in ("hits", "trials")} == {"hits": 1, "trials": 4}
 
 
-def test_nothing_measured_gives_a_page_without_results(tmp_path):
+def test_the_page_of_lengths_answers_whether_punctuation_beats_its_control(tmp_path):
+    cells = [_needle(s, 0, [1] * 100, num_tokens=n) for s in ("dense", "window") for n in (1024, 8192)]
+    for n, often in ((1024, [1, 1, 1, 1, 0] * 20), (8192, [1, 0, 1, 1, 0] * 20)):
+        cells += [_needle("phsa", 4, [1, 0, 0, 0, 0] * 20, num_tokens=n)]
+        cells += [_needle("random_tokens", 4, often, num_tokens=n)]
+        cells += [_needle("mean_pool", 4, [0, 0, 0, 0, 1] * 20, num_tokens=n)]
+    _write(tmp_path / "needles.jsonl", cells)
+    page = tmp_path / "smollm2_needles"
+    assert main(["lengths-page", "--out", str(tmp_path), "--page", str(page)]) == 0
+    text = page.with_suffix(".md").read_text()
+    assert "- prefill = dense: `phsa` finds fewer than `random_tokens`: -0.500 (" in text
+    assert "- prefill = dense: between `phsa` and `mean_pool` no difference is shown: +0.000 (" in text
+    assert "| phsa | 4 | 20/100 (0.13 to 0.29) | 20/100 (0.13 to 0.29) |" in text
+    assert "at least 100 trials a cell" in text and "By depth and length, 20 trials a cell" in text
+    assert (tmp_path / "smollm2_needles_dense.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads(page.with_suffix(".json").read_text())
+    own = [c for c in content if (c["selector"], c["num_tokens"]) == ("random_tokens", 8192)]
+    assert [(c["depth_frac"], c["hits"]) for c in own] == [
+        (0.1, 20),
+        (0.3, 0),
+        (0.5, 20),
+        (0.7, 20),
+        (0.9, 0),
+    ]
+
+
+def test_nothing_measured_gives_pages_without_results(tmp_path):
     write_page(tmp_path, tmp_path / "selectors")
     assert "## " not in (tmp_path / "selectors.md").read_text()
+    main(["lengths-page", "--out", str(tmp_path), "--page", str(tmp_path / "lengths")])
+    assert "## " not in (tmp_path / "lengths.md").read_text()
 
 
 def test_texts_are_long_enough_and_essays_say_where_they_come_from(tmp_path):
