@@ -1,8 +1,8 @@
 """Counts of the needle study and how sure they are: Wilson intervals, and paired differences by bootstrap.
 
 Two selectors see the same trials, so their difference is taken trial by trial, and trials, not cells, are
-what is drawn again: the cells of one trial at several k are not independent (Efron and Tibshirani, An Introduction
-to the Bootstrap, 1993, chapter 13: percentile intervals).
+what is drawn again: the cells of one trial at several k are not independent (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 13: percentile intervals).
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 
 `python -m phsa_megatron.evaluation.smollm2` makes the model folder. Every measured cell is a line in
 OUT/needles.jsonl or OUT/mass.jsonl; a second start goes on after the last one, and `--deadline-s` ends a
-start in time. `--device cuda` measures on a GPU; `check` counts the answers that another device or dtype changes.
+start in time. `--device cuda` measures on a GPU; `check` counts the answers that another device or dtype
+changes.
 
 needles: `--prefill dense` reads the text before the question with dense attention, once, and the question
 with each selector; `--prefill sparse` reads everything with the selector. Selectors see the same trials.

@@ -41,7 +41,8 @@ phsa-train selector-study page    --out runs/study --page docs/results/selectors
 
 All go on where they were stopped; `--device cpu` measures the same, slowly. Names are recipes of
 `attention=`; `kernels/README.md` has their formulas. Blocks of 16; the punctuation set is `exact`, English,
-and English with Chinese on the Chinese text. NSA has weights of its own and cannot be had without training. Texts: {texts}.
+and English with Chinese on the Chinese text. NSA has weights of its own and cannot be had without training.
+Texts: {texts}.
 """
 
 Gains = dict[str, dict[int, dict[str, float]]]
@@ -102,8 +103,8 @@ def _conclusion(gains: Gains, found: dict[Where, Hits]) -> list[str]:
         "## Punctuation against its controls\n",
         "`random_tokens`, `last_token`, `max_norm`, `shuffled` and `separators` put other tokens in the "
         "place of punctuation; `mean_pool` puts nothing there. Attention mass: share of the oracle's gain, "
-        "mean over k. Needles: difference in the share found, mean over k and texts, with a 95% interval over trials "
-        "(bootstrap; each comparison by itself, not corrected for their number).\n",
+        "mean over k. Needles: difference in the share found, mean over k and texts, with a 95% interval "
+        "over trials (bootstrap; each comparison by itself, not corrected for their number).\n",
         *lines,
         "",
         "All selectors, mean over k and texts ± standard deviation over texts.\n",

@@ -103,8 +103,8 @@ def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp
     assert "essays, prefill = dense: 4 trials a cell" in text and "Fewer than 50 trials" in text
     assert "| phsa | 1/4 (" in text and "| mean_pool | 4/4 (" in text and "| dense | 4/4 (" in text
     assert (
-        "- `phsa` against `mean_pool`: attention mass -0.100 (from -0.100 to -0.100 over texts), less in 2 of "
-        "2 texts; needles, prefill = dense: finds fewer, -0.750 (" in text
+        "- `phsa` against `mean_pool`: attention mass -0.100 (from -0.100 to -0.100 over texts), less in "
+        "2 of 2 texts; needles, prefill = dense: finds fewer, -0.750 (" in text
     )
     assert "less in 0 of 2 texts; needles, prefill = dense: no difference is shown, +0.250 (+0.000 to" in text
     assert "| phsa | 0.200 ± 0.000 | 0.200 ± 0.000 |" in text and "2 documents of 8,192" in text
