@@ -272,6 +272,9 @@ def select_blocks(
 def max_norm_flags(k: Tensor, q_pos: Tensor, cu_seqlens: Tensor, block_tokens: int) -> Tensor:
     """Return bool [Tk, Hkv]: whether a key has the largest norm of its block; the first of equals.
 
+    RoPE keeps norms, so that in a model's first layer the keys of equal tokens have equal norms up to
+    rounding: which of them is flagged there may differ between devices and dtypes.
+
     Args:
         k: keys [Tk, Hkv, D].
         q_pos: int32 [Tk], position of every key in its document.

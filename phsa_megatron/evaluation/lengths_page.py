@@ -15,6 +15,8 @@ from phsa_megatron.evaluation.study_setup import read_cells
 
 OTHERS = ("random_tokens", "mean_pool", "infllm_v2")
 """What phsa is compared with, trial by trial."""
+LENGTHS_TOKENS = (1024, 2048, 4096, 8192)
+"""Lengths of the study, as its commands name them."""
 _HEAD = """\
 # Needles in SmolLM2-135M with sparse attention it was not trained with
 
@@ -54,8 +56,14 @@ def write_lengths_page(cells_dir: Path, page: Path) -> str:
         by_prefill.setdefault(prefill, {})[tokens] = hits
     parts = [_HEAD.format(name=page.name, how_to_get=HOW_TO_GET)]
     if cells:
-        parts += [origin(cells), "## Does punctuation beat its control?\n"]
-        parts += [line for prefill, lengths in by_prefill.items() for line in _verdicts(prefill, lengths)]
+        parts += [
+            origin(cells),
+            "## Does punctuation beat its control?\n",
+            "A length counts where both selectors have at least "
+            f"{ENOUGH_TRIALS} common trials at every k; cells with fewer are shown with their number.\n",
+            *(line for prefill, lengths in by_prefill.items() for line in _gap_lines(prefill, lengths)),
+            *(line for prefill, lengths in by_prefill.items() for line in _verdicts(prefill, lengths)),
+        ]
     for prefill, lengths in by_prefill.items():
         parts += _part(prefill, lengths, page)
     parts += check_lines(cells_dir)
@@ -75,6 +83,14 @@ def _content(by_prefill: Mapping[str, ByLength]) -> list[dict[str, Any]]:
     ]
 
 
+def _gap_lines(prefill: str, lengths: ByLength) -> list[str]:
+    """Return what is missing, or has fewer trials than the rest."""
+    expected = {cell for hits in lengths.values() for cell in hits}
+    missing = needle_scores.gaps({f"{tokens:,} tokens": hits for tokens, hits in lengths.items()}, expected)
+    missing += [f"{tokens:,} tokens: not measured" for tokens in LENGTHS_TOKENS if tokens not in lengths]
+    return [f"Not complete, prefill = {prefill}: {'; '.join(missing)}.\n"] if missing else []
+
+
 def _topks(lengths: ByLength) -> list[int]:
     return sorted({k for hits in lengths.values() for _, k in hits if k})
 
@@ -88,9 +104,12 @@ def _verdicts(prefill: str, lengths: ByLength) -> list[str]:
         if total is None:
             continue
         lines.append(
-            f"- prefill = {prefill}: `phsa` {total.verdict} than `{other}`: {total}"
-            if total.verdict != "no difference is shown"
-            else f"- prefill = {prefill}: between `phsa` and `{other}` {total.verdict}: {total}"
+            (
+                f"- prefill = {prefill}: `phsa` {total.verdict} than `{other}`: {total}"
+                if total.verdict != "no difference is shown"
+                else f"- prefill = {prefill}: between `phsa` and `{other}` {total.verdict}: {total}"
+            )
+            + f", {total.num_trials} trials of {total.num_places} lengths"
         )
         for tokens, hits in lengths.items():
             by_k = [needle_scores.difference([hits], "phsa", other, [k]) for k in topks]
@@ -109,7 +128,8 @@ def _verdicts(prefill: str, lengths: ByLength) -> list[str]:
 
 def _part(prefill: str, lengths: ByLength, page: Path) -> list[str]:
     topks = _topks(lengths)
-    fewest = min(needle_scores.fewest_trials(hits) for hits in lengths.values())
+    cells_of_all = [trials for hits in lengths.values() for trials in hits.values()]
+    by_depth = [needle_scores.at_depth(trials, depth) for trials in cells_of_all for depth in DEPTHS]
     names = list(dict.fromkeys(s for hits in lengths.values() for s, _ in hits))
     rows = []
     for selector in names:
@@ -117,15 +137,15 @@ def _part(prefill: str, lengths: ByLength, page: Path) -> list[str]:
         for k in ks:
             cells = [needle_scores.with_interval(hits.get((selector, k))) for hits in lengths.values()]
             rows.append([selector, str(k) if k else "", *cells])
-    few = [f"Fewer than {ENOUGH_TRIALS} trials: a first look, not a result.\n"]
+    few = any(len(trials) < ENOUGH_TRIALS for trials in cells_of_all)
     figure = f"{page.name}_{prefill}.png"
     _maps(page.with_name(figure), prefill, lengths, names)
     return [
         f"## prefill = {prefill}\n",
-        f"Hits of at least {fewest} trials a cell, over five depths, with 95% intervals (Wilson):\n",
-        *(few if fewest < ENOUGH_TRIALS else []),
+        "Hits of trials over five depths, with 95% intervals (Wilson):\n",
+        *([f"Cells of fewer than {ENOUGH_TRIALS} trials are a first look: no conclusion uses them.\n"] * few),
         table(["selector", "k", *(f"{tokens:,} tokens" for tokens in lengths)], rows),
-        f"By depth and length, {fewest // len(DEPTHS)} trials a cell:\n",
+        f"By depth and length, {needle_scores.trials_of(by_depth)} trials a cell:\n",
         f"![share found by depth and length]({figure})\n",
     ]
 

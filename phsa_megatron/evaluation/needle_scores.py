@@ -8,7 +8,7 @@ Introduction to the Bootstrap, 1993, chapter 13: percentile intervals).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from phsa_megatron.evaluation.needles import DEPTHS, NUM_DIGITS
 CONTROLS = ("mean_pool", "random_tokens", "last_token", "max_norm", "shuffled", "separators")
 """What stands in the place of punctuation; mean_pool: nothing does."""
 ENOUGH_TRIALS = 50
+"""A cell with fewer is shown with its number of trials, and no conclusion is drawn from it."""
 _RESAMPLES = 10_000
 
 Where = tuple[str, str, int]
@@ -27,15 +28,23 @@ Hits = dict[tuple[str, int], dict[int, bool]]
 """By selector and k (0 where nothing is selected): whether a trial is a hit, by its number."""
 
 
-def hits_of(cells: Iterable[Mapping[str, Any]]) -> dict[Where, Hits]:
-    """Return the hits of the measured cells; a trial that was measured twice counts once."""
-    found: dict[Where, Hits] = {}
+def digits_of(cells: Iterable[Mapping[str, Any]]) -> dict[Where, dict[tuple[str, int], dict[int, int]]]:
+    """Return the right digits of each trial, as `Hits`; a trial that was measured twice counts once."""
+    found: dict[Where, dict[tuple[str, int], dict[int, int]]] = {}
     for cell in cells:
         where = cell["prefill"], cell["text"], cell["num_tokens"]
         trials = found.setdefault(where, {}).setdefault((cell["selector"], cell["topk"]), {})
         for offset, digits in enumerate(cell["num_digits"]):
-            trials[cell["first_trial"] + offset] = digits == NUM_DIGITS
+            trials[cell["first_trial"] + offset] = digits
     return found
+
+
+def hits_of(cells: Iterable[Mapping[str, Any]]) -> dict[Where, Hits]:
+    """Return the hits of the measured cells."""
+    return {
+        where: {cell: {n: x == NUM_DIGITS for n, x in trials.items()} for cell, trials in digits.items()}
+        for where, digits in digits_of(cells).items()
+    }
 
 
 def share(trials: Mapping[int, bool]) -> float:
@@ -69,9 +78,32 @@ def at_depth(trials: Mapping[int, bool], depth: float) -> dict[int, bool]:
     return {n: hit for n, hit in trials.items() if DEPTHS[n % len(DEPTHS)] == depth}
 
 
-def fewest_trials(hits: Hits) -> int:
-    """Return the trials of the cell that has the fewest."""
-    return min(len(trials) for trials in hits.values())
+def trials_of(cells: Iterable[Mapping[int, bool]]) -> str:
+    """Return how many trials the cells have: a number, or the fewest and the most."""
+    counts = sorted({len(trials) for trials in cells})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def is_complete(hits: Hits, expected: Iterable[tuple[str, int]]) -> bool:
+    """Return whether every expected selector and k has enough trials."""
+    return all(len(hits.get(cell, ())) >= ENOUGH_TRIALS for cell in expected)
+
+
+def gaps(places: Mapping[str, Hits], expected: Collection[tuple[str, int]]) -> list[str]:
+    """Return what is missing or has fewer trials than the rest, by text or length; empty if nothing is."""
+    most = max((len(trials) for hits in places.values() for trials in hits.values()), default=0)
+    found = []
+    for name, hits in places.items():
+        short = [trials for cell in expected if len(trials := hits.get(cell, {})) < most]
+        without = sum(not trials for trials in short)
+        some = [trials for trials in short if trials]
+        if without == len(expected):
+            found.append(f"{name}: not measured")
+        elif short:
+            says = [f"{without} of {len(expected)} cells not measured"] if without else []
+            says += [f"{len(some)} cells with {trials_of(some)} of {most} trials"] if some else []
+            found.append(f"{name}: {' and '.join(says)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,6 +114,7 @@ class Difference:
     low: float
     high: float
     num_trials: int
+    num_places: int
 
     @property
     def verdict(self) -> str:
@@ -96,7 +129,7 @@ class Difference:
 
 
 def difference(places: Sequence[Hits], one: str, other: str, topks: Sequence[int]) -> Difference | None:
-    """Return how much more often `one` hits than `other`; None if they share no trial.
+    """Return how much more often `one` hits than `other`; None if no place has enough common trials.
 
     Args:
         places: hits by text or length. Each is drawn again by itself and weighs the same.
@@ -111,7 +144,7 @@ def difference(places: Sequence[Hits], one: str, other: str, topks: Sequence[int
         if not measured or len(measured) < len(topks):
             continue
         common = set.intersection(*(set(a) & set(b) for a, b in measured))
-        if common:
+        if len(common) >= ENOUGH_TRIALS:
             by_place.append(np.array([[float(a[n]) - b[n] for a, b in measured] for n in common]).mean(1))
     if not by_place:
         return None
@@ -122,7 +155,7 @@ def difference(places: Sequence[Hits], one: str, other: str, topks: Sequence[int
     )
     low, high = np.quantile(drawn, [0.025, 0.975])
     mean = float(np.mean([values.mean() for values in by_place]))
-    return Difference(mean, float(low), float(high), sum(map(len, by_place)))
+    return Difference(mean, float(low), float(high), sum(map(len, by_place)), len(by_place))
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

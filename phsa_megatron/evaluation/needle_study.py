@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,42 +165,3 @@ def answer_logits(model: ProbeModel, tokens: Tensor, before: KeysAndValues | Non
 def without_layer(probe: Probe, topk: int) -> Attend:
     """Return a probe's attention, equal in all layers."""
     return lambda layer, query, keys, values: probe.attend(topk, query, keys, values)
-
-
-def compare_readings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return how far other devices and dtypes are from fp32 on the CPU on the same trials, cell by cell."""
-    variants = [("cpu", "float32")]
-    if arguments.device != "cpu":
-        variants += [(arguments.device, "float32")]
-    variants += [(arguments.device, "bfloat16")]
-    text = arguments.texts[0]
-    records: list[dict[str, Any]] = []
-    reference: dict[tuple[str, int], Tensor] = {}
-    for device, dtype in variants:
-        changed = argparse.Namespace(**vars(arguments) | {"device": device, "dtype": dtype})
-        study = Study(changed, f"check_{device}_{dtype}")
-        ids, _ = study.text(text)
-        needles = [make_needle(study.tokenizer, ids, arguments.tokens[0], n) for n in range(arguments.trials)]
-        reader = Reader(study, needles, arguments.prefill)
-        wanted = torch.tensor([needle.digits for needle in needles])
-        cells: list[Cell] = [("dense", None, 0)]
-        cells += cells_of(WINDOWS, TEXTS[text][0], arguments.selectors, arguments.topk)
-        for cell in progress(cells, f"{device} {dtype}"):
-            logits = reader.logits(cell)
-            own = reference.setdefault((cell[0], cell[2]), logits)
-            hits, expected = ((x.argmax(-1) == wanted).all(-1) for x in (logits, own))
-            records.append(
-                {
-                    "device": device,
-                    "dtype": dtype,
-                    "selector": cell[0],
-                    "topk": cell[2],
-                    "trials": len(needles),
-                    "hits": int(hits.sum()),
-                    "hits_of_cpu_fp32": int(expected.sum()),
-                    "hits_that_differ": int((hits != expected).sum()),
-                    "digits_that_differ": int((logits.argmax(-1) != own.argmax(-1)).sum()),
-                    "max_logit_difference": float((logits - own).abs().max()),
-                }
-            )
-    return records

@@ -32,33 +32,39 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def origin(cells: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence: where and in which dtype the cells were measured, and of which texts."""
-    devices, dtypes = (", ".join(sorted({cell[key] for cell in cells})) for key in ("device", "dtype"))
-    texts = dict.fromkeys((cell["text"], cell["text_sha256"]) for cell in cells)
-    hashes = ", ".join(f"{name} {sha256}" for name, sha256 in texts)
-    return f"Measured on {devices}, {dtypes}; SHA-256 of the texts begins: {hashes}.\n"
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    for cell in cells:
+        places.setdefault((cell["device"], cell["dtype"]), {})[cell["text"]] = None
+    where = "; ".join(f"{', '.join(place)} ({', '.join(texts)})" for place, texts in places.items())
+    hashes = ", ".join(dict.fromkeys(f"{cell['text']} {cell['text_sha256']}" for cell in cells))
+    return f"Measured on {where}. SHA-256 of the texts begins: {hashes}.\n"
 
 
 def check_lines(folder: Path) -> list[str]:
     """Return what `selector-study check` found, or nothing if it was not run."""
-    lines = []
-    for prefill in ("dense", "sparse"):
-        path = folder / f"check_{prefill}.json"
-        if not path.is_file():
-            continue
-        records = json.loads(path.read_text(encoding="utf-8"))
-        for device, dtype in dict.fromkeys((r["device"], r["dtype"]) for r in records):
-            own = [r for r in records if (r["device"], r["dtype"]) == (device, dtype)]
-            if any(r["max_logit_difference"] for r in own):
-                differ, trials = (sum(r[key] for r in own) for key in ("hits_that_differ", "trials"))
-                hits, expected = (sum(r[key] for r in own) for key in ("hits", "hits_of_cpu_fp32"))
-                lines.append(
-                    f"- prefill = {prefill}, {device} {dtype}: {differ} of {trials} hits differ from fp32 on "
-                    f"the CPU ({hits} against {expected} in sum)"
-                )
-    if not lines:
+    path = folder / "check.json"
+    if not path.is_file():
         return []
-    about = "How many hits another device or dtype changes (`selector-study check`, {} cells):\n"
-    return ["## Rounding\n", about.format(len({(r["selector"], r["topk"]) for r in records})), *lines, ""]
+    records = json.loads(path.read_text(encoding="utf-8"))
+    lines = []
+    for where in dict.fromkeys((r["prefill"], r["num_tokens"], r["this"], r["other"]) for r in records):
+        own = [r for r in records if (r["prefill"], r["num_tokens"], r["this"], r["other"]) == where]
+        differ, digits, trials = (
+            sum(r[key] for r in own) for key in ("hits_that_differ", "num_digits_that_differ", "trials")
+        )
+        hits, expected = (sum(r[key] for r in own) for key in ("hits", "hits_of_other"))
+        prefill, tokens, this, other = where
+        place = f"prefill = {prefill}, {tokens:,} tokens"
+        texts = ", ".join(dict.fromkeys(r["text"] for r in own))
+        cells = ", ".join(dict.fromkeys(r["selector"] for r in own))
+        topks = ", ".join(str(k) for k in sorted({r["topk"] for r in own} - {0}))
+        lines.append(
+            f"- {place}, {texts}: on {this} {hits} hits, on {other} {expected}, "
+            f"of {trials} trials each; {differ} hits differ, and {digits} numbers of right digits ({cells}; "
+            f"k = {topks})"
+        )
+    about = "The same trials on another device in another dtype (`selector-study check`):\n"
+    return ["## Rounding\n", about, *lines, ""]
 
 
 def write(page: Path, parts: Sequence[str], content: Any) -> None:

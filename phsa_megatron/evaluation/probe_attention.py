@@ -39,6 +39,8 @@ SELECTORS = (
     "window",
 )
 """Recipes of the group `attention` that the study compares; `window` selects nothing."""
+OTHER_LAMBDAS = tuple(f"{name}@{lam}" for name in ("phsa", "random_tokens") for lam in ("0", "0.25", "0.75"))
+"""The same with another weight of the plain mean, NAME@LAMBDA: measured when they are asked for."""
 
 _MASK_ENTRIES = 1 << 28
 """Of a mask that is made at once."""
@@ -48,8 +50,14 @@ _MASK_ENTRIES = 1 << 28
 def settings_of(
     name: str, init_tokens: int, local_tokens: int, language: str = "en", match: str = "exact"
 ) -> AttentionConfig:
-    """Return a recipe's attention with these windows and this punctuation, equal for all selectors."""
-    overrides = [f"attention={name}", f"attention.init_tokens={init_tokens}"]
+    """Return a recipe's attention with these windows and this punctuation, equal for all selectors.
+
+    `name` is a recipe, or NAME@LAMBDA: the recipe with another `mean_weight_frac`.
+    """
+    recipe, _, mean_weight_frac = name.partition("@")
+    overrides = [f"attention={recipe}", f"attention.init_tokens={init_tokens}"]
+    if mean_weight_frac:
+        overrides.append(f"attention.mean_weight_frac={mean_weight_frac}")
     overrides += [f"attention.local_tokens={local_tokens}"]
     if name != "separators":  # a set of its own
         overrides += [f"attention.punctuation_language={language}", f"attention.punctuation_match={match}"]

@@ -18,7 +18,6 @@ with each selector; `--prefill sparse` reads everything with the selector. Selec
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from torch import Tensor
 
 from phsa_megatron.attention.information_loss import Information, block_mass, information_of_mass
 from phsa_megatron.config.schema import AttentionConfig
-from phsa_megatron.evaluation.needle_study import compare_readings, run_needles
-from phsa_megatron.evaluation.probe_attention import SELECTORS
+from phsa_megatron.evaluation.needle_blocks import run_blocks
+from phsa_megatron.evaluation.needle_check import run_check
+from phsa_megatron.evaluation.needle_study import run_needles
+from phsa_megatron.evaluation.probe_attention import OTHER_LAMBDAS, SELECTORS
 from phsa_megatron.evaluation.probe_model import attend_densely
 from phsa_megatron.evaluation.study_setup import DTYPES, TOPK, Study, cells_of, progress
 from phsa_megatron.evaluation.study_texts import TEXTS
@@ -93,23 +94,10 @@ def _mass_cells(
     ]
 
 
-def run_check(arguments: argparse.Namespace) -> None:
-    """Write OUT/check_PREFILL.json: what other devices and dtypes change."""
-    records = compare_readings(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"check_{arguments.prefill}.json"
-    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    for device, dtype in dict.fromkeys((r["device"], r["dtype"]) for r in records):
-        own = [r for r in records if (r["device"], r["dtype"]) == (device, dtype)]
-        total, differ = (sum(r[key] for r in own) for key in ("trials", "hits_that_differ"))
-        largest = max(r["max_logit_difference"] for r in own)
-        print(f"{device} {dtype}: {differ} of {total} hits differ, logits by at most {largest:.3g}")
-
-
 def _write_page(arguments: argparse.Namespace) -> None:
     from phsa_megatron.evaluation.study_page import write_page
 
-    print(write_page(arguments.out, arguments.page))
+    print(write_page(arguments.out, arguments.page, arguments.lambdas))
 
 
 def _write_lengths_page(arguments: argparse.Namespace) -> None:
@@ -135,7 +123,7 @@ def _of_needles(command: argparse.ArgumentParser, tokens: int, trials: int) -> N
     names = ["dense", *SELECTORS]
     command.add_argument("--tokens", type=int, nargs="+", default=[tokens], help="lengths of a prompt")
     command.add_argument("--trials", type=int, default=trials, help="of each text and length")
-    command.add_argument("--selectors", nargs="+", choices=names, default=names)
+    command.add_argument("--selectors", nargs="+", choices=[*names, *OTHER_LAMBDAS], default=names)
     command.add_argument("--topk", type=int, nargs="+", choices=TOPK, default=list(TOPK))
     command.add_argument("--batch", type=int, default=25, help="trials that are read together")
     command.add_argument(
@@ -155,8 +143,13 @@ def main(argv: list[str]) -> int:
     _of_needles(needles, tokens=2048, trials=50)
     mass = _measurement(commands, "mass", "dense attention mass that every selector and k keeps", run_mass)
     mass.add_argument("--documents", type=int, default=4, help=f"of {MASS_TOKENS} tokens, of each text")
-    check = _measurement(commands, "check", "what another device or dtype changes", run_check)
-    _of_needles(check, tokens=1024, trials=10)
+    blocks = _measurement(commands, "blocks", "whether the needles' blocks have punctuation", run_blocks)
+    blocks.add_argument("--tokens", type=int, nargs="+", default=[2048], help="lengths of a prompt")
+    blocks.add_argument("--trials", type=int, default=50, help="of each text and length")
+    check = commands.add_parser("check", help="what another device or dtype changes: cells of two folders")
+    check.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
+    check.add_argument("--against", type=Path, required=True, help="folder of the others")
+    check.set_defaults(run=run_check)
     for name, run, about in (
         ("page", _write_page, "write PAGE.md, PAGE.json and PAGE_*.png: every selector, several texts"),
         ("lengths-page", _write_lengths_page, "the same: context lengths and depths, with heat maps"),
@@ -165,6 +158,8 @@ def main(argv: list[str]) -> int:
         page.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
         page.add_argument("--page", type=Path, required=True, help="path of the page, without its ending")
         page.set_defaults(run=run)
+        if name == "page":
+            page.add_argument("--lambdas", type=Path, help="folder of the needle cells with other lambdas")
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
     return 0

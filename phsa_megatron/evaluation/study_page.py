@@ -9,7 +9,8 @@ from statistics import mean
 from typing import Any
 
 from phsa_megatron.evaluation import needle_scores, plots
-from phsa_megatron.evaluation.needle_scores import CONTROLS, ENOUGH_TRIALS, Hits, Where
+from phsa_megatron.evaluation.needle_scores import ENOUGH_TRIALS, Hits, Where
+from phsa_megatron.evaluation.needle_verdicts import groups_of, needle_verdicts, pair_tables
 from phsa_megatron.evaluation.page_parts import (
     HOW_TO_GET,
     check_lines,
@@ -20,6 +21,7 @@ from phsa_megatron.evaluation.page_parts import (
 )
 from phsa_megatron.evaluation.study_setup import read_cells
 from phsa_megatron.evaluation.study_texts import TEXTS
+from phsa_megatron.evaluation.study_why import blocks_part, lambda_part
 
 _HEAD = """\
 # Selectors on a small real model
@@ -35,8 +37,13 @@ reproduce:
 {how_to_get}phsa-train selector-study mass    $with --out runs/study
 phsa-train selector-study needles $with --out runs/study
 phsa-train selector-study needles $with --out runs/study --prefill sparse
-phsa-train selector-study check   $with --out runs/study --texts essays
-phsa-train selector-study page    --out runs/study --page docs/results/selectors
+phsa-train selector-study blocks  $with --out runs/study --trials 50
+other="--device cpu --dtype float32 --texts essays"
+phsa-train selector-study needles $with $other --out runs/fp32 --trials 10 --topk 1 8
+phsa-train selector-study check   --out runs/study --against runs/fp32
+lambdas="mean_pool phsa random_tokens phsa@0 phsa@0.25 phsa@0.75 random_tokens@0 random_tokens@0.75"
+phsa-train selector-study needles $with $other --out runs/lambdas --tokens 1024 --topk 2 --selectors $lambdas
+phsa-train selector-study page    --out runs/study --lambdas runs/lambdas --page docs/results/selectors
 ```
 
 All go on where they were stopped; `--device cpu` measures the same, slowly. Names are recipes of
@@ -49,80 +56,111 @@ Gains = dict[str, dict[int, dict[str, float]]]
 """Share of the oracle's gain by selector, k and text, the mean over its documents."""
 
 
-def write_page(cells_dir: Path, page: Path) -> str:
+def write_page(cells_dir: Path, page: Path, lambdas_dir: Path | None = None) -> str:
     """Write PAGE.md, PAGE.json and PAGE_*.png, and return what was written.
 
     Args:
-        cells_dir: folder of needles.jsonl and mass.jsonl; either may be missing.
+        cells_dir: folder of needles.jsonl and mass.jsonl, blocks.json and check.json; any may be missing.
         page: path without its ending.
+        lambdas_dir: folder of the needles.jsonl with other lambdas, or None.
     """
     needles, mass = (read_cells(cells_dir / f"{name}.jsonl") for name in ("needles", "mass"))
+    lambdas = read_cells(lambdas_dir / "needles.jsonl") if lambdas_dir else []
     page.parent.mkdir(parents=True, exist_ok=True)
     texts = "; ".join(f"*{name}*, {about}" for name, (_, about) in TEXTS.items())
     parts = [_HEAD.format(name=page.name, texts=texts, how_to_get=HOW_TO_GET)]
     content: dict[str, Any] = {}
     gains, found = gains_of(mass), needle_scores.hits_of(needles)
-    parts += _conclusion(gains, found)
+    parts += _conclusion(mass, gains, found)
+    if lambdas:
+        parts += lambda_part(lambdas)
+        content["lambdas"] = _counts(needle_scores.hits_of(lambdas))
+    if needles:
+        parts += blocks_part(cells_dir / "blocks.json", found)
     if mass:
         parts += _mass_part(mass, gains, page)
         content["mass"] = [{k: v for k, v in cell.items() if k != "gain_by_layer"} for cell in mass]
     if needles:
         parts += _needle_part(needles, found, page)
-        content["needles"] = [
-            {"prefill": p, "text": t, "num_tokens": n, "selector": s, "topk": k}
-            | {"hits": sum(trials.values()), "trials": len(trials)}
-            for (p, t, n), hits in found.items()
-            for (s, k), trials in hits.items()
-        ]
+        content["needles"] = _counts(found)
     parts += check_lines(cells_dir)
     write(page, parts, content)
     return f"written: {page}.md and .json, {len(mass)} cells of mass, {len(needles)} of needles"
 
 
+def _counts(found: dict[Where, Hits]) -> list[dict[str, Any]]:
+    return [
+        {"prefill": p, "text": t, "num_tokens": n, "selector": s, "topk": k}
+        | {"hits": sum(trials.values()), "trials": len(trials)}
+        for (p, t, n), hits in found.items()
+        for (s, k), trials in hits.items()
+    ]
+
+
 # What it says
 
 
-def _conclusion(gains: Gains, found: dict[Where, Hits]) -> list[str]:
+def _conclusion(mass: list[dict[str, Any]], gains: Gains, found: dict[Where, Hits]) -> list[str]:
     lines = []
-    for control in CONTROLS:
-        says = []
-        if "phsa" in gains and control in gains:
-            says.append(_mass_verdict(gains, control))
-        for prefill, places in _by_prefill(found).items():
-            difference = needle_scores.difference(
-                list(places.values()), "phsa", control, _topks(list(places.values()))
-            )
-            if difference:
-                says.append(f"needles, prefill = {prefill}: {difference.verdict}, {difference}")
-        if says:
-            lines.append(f"- `phsa` against `{control}`: {'; '.join(says)}")
+    if "phsa" in gains:
+        for about, texts in groups_of({t: {} for t in _texts(gains)}).items():
+            documents = ", ".join(f"{t} {_documents(mass, t)}" for t in texts)
+            lines.append(f"**Attention mass, {about} (documents: {documents})**\n")
+            rivals = [s for s in gains if s != "phsa" and not s.endswith("_phsa")]
+            lines += [f"- `phsa` against `{s}`: {_mass_verdict(gains, s, list(texts))}" for s in rivals]
+            lines.append("")
+    for prefill, places in _by_prefill(found).items():
+        lines += needle_verdicts(prefill, places, _topks(list(places.values())))
     if not lines:
         return []
-    ranking = _ranking(gains, found)
     return [
-        "## Punctuation against its controls\n",
+        "## Does punctuation beat what stands in its place?\n",
         "`random_tokens`, `last_token`, `max_norm`, `shuffled` and `separators` put other tokens in the "
-        "place of punctuation; `mean_pool` puts nothing there. Attention mass: share of the oracle's gain, "
-        "mean over k. Needles: difference in the share found, mean over k and texts, with a 95% interval "
-        "over trials (bootstrap; each comparison by itself, not corrected for their number).\n",
+        "place of punctuation; `mean_pool` puts nothing there; `halves_phsa`, `cumulant_phsa` and "
+        "`minmax_phsa` add punctuation to another pool. Attention mass: share of the oracle's gain, mean "
+        "over k. Needles: difference in the share found, mean over k and texts, with a 95% interval over "
+        "trials (bootstrap; each comparison by itself, not corrected for their number). A text counts where "
+        f"both selectors have at least {ENOUGH_TRIALS} common trials at every k.\n",
         *lines,
-        "",
-        "All selectors, mean over k and texts ± standard deviation over texts.\n",
-        *ranking,
+        *_gap_lines(found),
+        "All selectors, mean over k and texts ± standard deviation over texts, over the texts in which all "
+        "of them are measured at every k.\n",
+        *_ranking(gains, found),
     ]
 
 
-def _mass_verdict(gains: Gains, control: str) -> str:
-    texts = [t for t in _texts(gains) if all(t in gains[s][k] for s in ("phsa", control) for k in gains[s])]
-    by_text = [
-        mean(gains["phsa"][k][t] - gains[control][k][t] for k in gains["phsa"] if k in gains[control])
-        for t in texts
-    ]
+def _documents(mass: list[dict[str, Any]], text: str) -> int:
+    return len({cell["document"] for cell in mass if cell["text"] == text})
+
+
+def _gap_lines(found: dict[Where, Hits]) -> list[str]:
+    """Return what the needle cells lack, by prefill."""
+    expected = _expected(found)
+    lines = []
+    for prefill, places in _by_prefill(found).items():
+        missing = needle_scores.gaps(places, expected)
+        missing += [f"{t}: not measured" for t in TEXTS if not any(p.split(",")[0] == t for p in places)]
+        if missing:
+            lines.append(f"Needles, prefill = {prefill}, not complete: {'; '.join(missing)}.\n")
+    return lines
+
+
+def _expected(found: dict[Where, Hits]) -> set[tuple[str, int]]:
+    """Return the selectors and k that have been measured anywhere."""
+    return {cell for hits in found.values() for cell in hits}
+
+
+def _complete(places: dict[str, Hits], found: dict[Where, Hits]) -> dict[str, Hits]:
+    return {t: hits for t, hits in places.items() if needle_scores.is_complete(hits, _expected(found))}
+
+
+def _mass_verdict(gains: Gains, rival: str, texts: list[str]) -> str:
+    topks = [k for k in gains["phsa"] if k in gains[rival]]
+    both = [t for t in texts if all(t in gains[s][k] for s in ("phsa", rival) for k in topks)]
+    by_text = [mean(gains["phsa"][k][t] - gains[rival][k][t] for k in topks) for t in both]
     less = sum(d < 0 for d in by_text)
-    return (
-        f"attention mass {mean(by_text):+.3f} (from {min(by_text):+.3f} to {max(by_text):+.3f} over texts), "
-        f"less in {less} of {len(by_text)} texts"
-    )
+    spread = f" (from {min(by_text):+.3f} to {max(by_text):+.3f} over texts)" if len(by_text) > 1 else ""
+    return f"{mean(by_text):+.3f}{spread}, less in {less} of {len(by_text)} texts"
 
 
 def _ranking(gains: Gains, found: dict[Where, Hits]) -> list[str]:
@@ -133,20 +171,17 @@ def _ranking(gains: Gains, found: dict[Where, Hits]) -> list[str]:
             for s, by_k in gains.items()
         }
     for prefill, places in _by_prefill(found).items():
-        topks = _topks(list(places.values()))
-        scores: dict[str, list[float]] = defaultdict(list)
-        for hits in places.values():
-            for selector in dict.fromkeys(s for s, _ in hits):
-                cells = [needle_scores.at_k(hits, selector, k) for k in topks]
-                measured = [needle_scores.share(cell) for cell in cells if cell]
-                if len(measured) == len(topks):
-                    scores[selector].append(mean(measured))
-        columns[f"needles, prefill = {prefill}"] = scores
-    first = columns[next(reversed(columns))]
-    names = sorted(
-        dict.fromkeys(s for scores in columns.values() for s in scores),
-        key=lambda s: -mean(first[s]) if first.get(s) else 1.0,
-    )
+        topks, complete = _topks(list(places.values())), _complete(places, found)
+        if complete:
+            columns[f"needles, prefill = {prefill} ({', '.join(complete)})"] = {
+                s: [mean(_shares({t: hits}, s, k)[0] for k in topks) for t, hits in complete.items()]
+                for s in dict.fromkeys(s for s, _ in next(iter(complete.values())))
+            }
+    if not columns:
+        return []
+    names = list(dict.fromkeys(s for scores in columns.values() for s in scores))
+    first = columns[list(columns)[min(1, len(columns) - 1)]]
+    names.sort(key=lambda s: -mean(first[s]) if first.get(s) else 1.0)
     rows = [[s, *(mean_and_spread(scores.get(s, [])) for scores in columns.values())] for s in names]
     lines = [table(["selector", *columns], rows)]
     mass = columns.get("attention mass", {})
@@ -183,7 +218,8 @@ def _texts(gains: Gains) -> list[str]:
 def _mass_part(cells: list[dict[str, Any]], gains: Gains, page: Path) -> list[str]:
     texts = _texts(gains)
     topks = sorted({k for by_k in gains.values() for k in by_k})
-    documents = len({cell["document"] for cell in cells})
+    documents = ", ".join(f"{t} {_documents(cells, t)}" for t in texts)
+    absent = [t for t in TEXTS if t not in texts]
 
     def shares(selector: str, topk: int, text: str, key: str) -> str:
         own = [c[key] for c in cells if (c["selector"], c["topk"], c["text"]) == (selector, topk, text)]
@@ -207,10 +243,11 @@ def _mass_part(cells: list[dict[str, Any]], gains: Gains, page: Path) -> list[st
     windows = ", ".join(f"{t} {shares('window', 0, t, 'window_mass_frac')}" for t in texts)
     return [
         "## Attention mass\n",
-        f"{documents} documents of 8,192 tokens of each text, init 128 + local 512, {cells[0]['rows']} query "
-        f"rows x 30 layers x 9 heads. The windows alone keep: {windows}. An oracle takes the k blocks with "
-        "the most true mass; this is the share of its gain over the windows that a selector recovers, over "
-        f"queries with a choice (mean ± standard deviation over {len(texts)} texts: {', '.join(texts)}). "
+        f"Documents of 8,192 tokens: {documents}; texts without: {', '.join(absent) or 'none'}. Init 128 + "
+        f"local 512, {cells[0]['rows']} query rows x 30 layers x 9 heads. The windows alone keep: {windows}. "
+        "An oracle takes the k blocks with the most true mass; this is the share of its gain over the "
+        "windows that a selector recovers, over queries with a choice (mean ± standard deviation over "
+        f"{len(texts)} texts: {', '.join(texts)}). "
         "`moba` chooses for each query head and is held to an oracle that does so too.\n",
         origin(cells),
         table(["selector", *(f"k = {k}" for k in topks)], rows),
@@ -249,18 +286,20 @@ def _needle_part(cells: list[dict[str, Any]], found: dict[Where, Hits], page: Pa
     ]
     for prefill, places in _by_prefill(found).items():
         topks = _topks(list(places.values()))
-        names = list(dict.fromkeys(s for hits in places.values() for s, _ in hits))
-        shares = {s: {k: _shares(places, s, k) for k in topks} for s in names}
-        parts += [
-            f"### prefill = {prefill}\n",
-            f"Share found, mean ± standard deviation over {len(places)} texts ({', '.join(places)}):\n",
-            table(
-                ["selector", *(f"k = {k}" for k in topks)],
-                [[s, *(mean_and_spread(by_k[k]) for k in topks)] for s, by_k in shares.items()],
-            ),
-            _needle_plot(page, prefill, shares, len(places)),
-            *_pairs(places, topks),
-        ]
+        complete = _complete(places, found)
+        parts.append(f"### prefill = {prefill}\n")
+        if complete:
+            names = list(dict.fromkeys(s for hits in complete.values() for s, _ in hits))
+            shares = {s: {k: _shares(complete, s, k) for k in topks} for s in names}
+            parts += [
+                f"Share found, mean ± standard deviation, over the complete texts ({', '.join(complete)}):\n",
+                table(
+                    ["selector", *(f"k = {k}" for k in topks)],
+                    [[s, *(mean_and_spread(by_k[k]) for k in topks)] for s, by_k in shares.items()],
+                ),
+                _needle_plot(page, prefill, shares, list(complete)),
+            ]
+        parts += pair_tables(places, topks)
         for name, hits in places.items():
             parts += _needles_of_text(name, prefill, hits, topks)
     return parts
@@ -271,13 +310,15 @@ def _shares(places: Mapping[str, Hits], selector: str, topk: int) -> list[float]
     return [needle_scores.share(cell) for cell in cells if cell]
 
 
-def _needle_plot(page: Path, prefill: str, shares: dict[str, dict[int, list[float]]], texts: int) -> str:
+def _needle_plot(
+    page: Path, prefill: str, shares: dict[str, dict[int, list[float]]], texts: list[str]
+) -> str:
     name = f"{page.name}_needles_{prefill}.png"
     flat = {s: mean(next(iter(by_k.values()))) for s, by_k in shares.items() if s in ("dense", "window")}
     plots.curves(
         page.with_name(name),
         {s: {k: mean(v) for k, v in by_k.items() if v} for s, by_k in shares.items() if s not in flat},
-        title=f"needles found, prefill = {prefill}, mean over {texts} texts",
+        title=f"needles found, prefill = {prefill}: {', '.join(texts)}",
         x_label="selected blocks (k)",
         y_label="share of trials",
         levels=flat,
@@ -285,29 +326,23 @@ def _needle_plot(page: Path, prefill: str, shares: dict[str, dict[int, list[floa
     return f"![needles found]({name})\n"
 
 
-def _pairs(places: Mapping[str, Hits], topks: list[int]) -> list[str]:
-    """Return the table of phsa against its controls, by k."""
-    rows = []
-    for control in CONTROLS:
-        over_all = needle_scores.difference(list(places.values()), "phsa", control, topks)
-        if over_all:
-            by_k = [needle_scores.difference(list(places.values()), "phsa", control, [k]) for k in topks]
-            rows.append([control, *("-" if d is None else str(d) for d in by_k), f"{over_all}"])
-    if not rows:
-        return []
-    about = "`phsa` minus its control, share found, all texts, with a 95% interval over trials:\n"
-    return [about, table(["control", *(f"k = {k}" for k in topks), "mean over k"], rows)]
-
-
 def _needles_of_text(name: str, prefill: str, hits: Hits, topks: list[int]) -> list[str]:
-    fewest = needle_scores.fewest_trials(hits)
     rows = [
         [s, *(needle_scores.with_interval(needle_scores.at_k(hits, s, k)) for k in topks)]
         for s in dict.fromkeys(s for s, _ in hits)
     ]
-    few = [f"Fewer than {ENOUGH_TRIALS} trials: a first look, not a result.\n"]
+    few = any(len(trials) < ENOUGH_TRIALS for trials in hits.values())
     return [
-        f"#### {name}, prefill = {prefill}: {fewest} trials a cell\n",
-        *(few if fewest < ENOUGH_TRIALS else []),
+        f"#### {name}, prefill = {prefill}: {needle_scores.trials_of(hits.values())} trials a cell\n",
+        *([f"Cells of fewer than {ENOUGH_TRIALS} trials are a first look: no conclusion uses them.\n"] * few),
         table(["selector", *(f"k = {k}" for k in topks)], rows),
+        *_same_lines(hits),
     ]
+
+
+def _same_lines(hits: Hits) -> list[str]:
+    """Return which selectors are the plain mean trial by trial: nothing of theirs is in the text."""
+    plain = {k: trials for (s, k), trials in hits.items() if s == "mean_pool"}
+    names = [s for s in dict.fromkeys(s for s, k in hits if k) if s != "mean_pool"]
+    same = [s for s in names if plain and all(hits.get((s, k)) == trials for k, trials in plain.items())]
+    return [f"The same hits as `mean_pool` at every k, trial by trial: `{s}`.\n" for s in same]

@@ -20,7 +20,7 @@ from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.errors import DataError
 from phsa_megatron.config.schema import AttentionConfig
 from phsa_megatron.data.tokenizer import Tokenizer as RunTokenizer
-from phsa_megatron.evaluation.probe_attention import SELECTORS, Probe, selects, settings_of
+from phsa_megatron.evaluation.probe_attention import OTHER_LAMBDAS, SELECTORS, Probe, selects, settings_of
 from phsa_megatron.evaluation.probe_model import ProbeModel
 from phsa_megatron.evaluation.study_texts import text_of
 
@@ -114,7 +114,7 @@ def cells_of(
     topks: Sequence[int] = TOPK,
 ) -> Iterator[Cell]:
     """Yield every selector with every k, without dense attention."""
-    for name in SELECTORS:
+    for name in (*SELECTORS, *OTHER_LAMBDAS):
         if name in selectors:
             settings = settings_of(name, *windows, language=language)
             for topk in topks if selects(name, settings) else (0,):

