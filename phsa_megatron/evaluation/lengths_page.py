@@ -36,6 +36,7 @@ To reproduce:
 only="$only --selectors dense window phsa mean_pool infllm_v2 random_tokens"
 phsa-train selector-study needles $with $only --out runs/lengths --trials 250
 phsa-train selector-study needles $with $only --out runs/lengths --trials 50 --prefill sparse
+phsa-train selector-study check --out runs/lengths --against runs/fp32  # see selectors.md
 phsa-train selector-study lengths-page --out runs/lengths --page docs/results/smollm2_needles
 ```
 """

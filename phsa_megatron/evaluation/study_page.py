@@ -76,7 +76,7 @@ def write_page(cells_dir: Path, page: Path, lambdas_dir: Path | None = None) -> 
         parts += lambda_part(lambdas)
         content["lambdas"] = _counts(needle_scores.hits_of(lambdas))
     if needles:
-        parts += blocks_part(cells_dir / "blocks.json", found)
+        parts += blocks_part(cells_dir / "blocks.json", needles)
     if mass:
         parts += _mass_part(mass, gains, page)
         content["mass"] = [{k: v for k, v in cell.items() if k != "gain_by_layer"} for cell in mass]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ def lambda_part(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _rows(hits: Hits, topk: int) -> tuple[list[list[str]], list[str]]:
-    rows, fewer, more = [], [], []
+    rows, fewer, more, rising = [], [], [], []
     for branch in _BRANCHES:
+        counts: list[int] = []
         names = {_lambda_of(s): s for s, k in hits if k == topk and s.partition("@")[0] == branch}
         for lam, name in sorted(names.items()):
             difference = needle_scores.difference([hits], name, "mean_pool", [topk])
+            counts.append(sum(hits[name, topk].values()))
             rows.append(
                 [branch, f"{lam:g}", needle_scores.with_interval(hits[name, topk]), f"{difference or '-'}"]
             )
@@ -49,8 +52,13 @@ def _rows(hits: Hits, topk: int) -> tuple[list[list[str]], list[str]]:
                 fewer.append(f"`{branch}` {lam:g}")
             if difference and difference.low > 0:
                 more.append(f"`{branch}` {lam:g}")
+        counts.append(sum(hits.get(("mean_pool", topk), {}).values()))
+        if len(counts) > 2 and all(a < b for a, b in pairwise(counts)):
+            rising.append(f"`{branch}`")
     rows.append(["-", "1", needle_scores.with_interval(hits.get(("mean_pool", topk))), ""])
     says = f"Fewer than the plain mean: {', '.join(fewer) or 'none'}; more: {', '.join(more) or 'none'}."
+    if rising:
+        says += f" The more weight the plain mean has, the more is found, at every step: {', '.join(rising)}."
     return rows, [says + "\n"]
 
 
@@ -58,11 +66,20 @@ def _lambda_of(name: str) -> float:
     return float(name.partition("@")[2] or _RECIPE_LAMBDA)
 
 
-def blocks_part(path: Path, found: Mapping[Where, Hits]) -> list[str]:
-    """Return the section on punctuation in the needles' own blocks, or nothing without its file."""
+def blocks_part(path: Path, cells: list[dict[str, Any]]) -> list[str]:
+    """Return the section on punctuation in the needles' own blocks, or nothing without its file.
+
+    Args:
+        path: what `selector-study blocks` has written.
+        cells: of needles; those of another version of a text are not counted.
+    """
     if not path.is_file():
         return []
     records = json.loads(path.read_text(encoding="utf-8"))
+    found = needle_scores.hits_of(cells)
+    versions = {(c["text"], c["text_sha256"]) for c in cells}
+    same = [r for r in records if (r["text"], r["text_sha256"]) in versions]
+    others = [r["text"] for r in records if r not in same]
     about = [
         [r["text"], f"{r['blocks_with_punctuation_frac']:.1%}", f"{r['punctuation_per_block']:.2f}"]
         for r in records
@@ -70,14 +87,15 @@ def blocks_part(path: Path, found: Mapping[Where, Hits]) -> list[str]:
     rows = []
     for prefill in dict.fromkeys(prefill for prefill, _, _ in found):
         for says in ("all", "some", "none"):
-            cells = [_counts(records, found, prefill, says, selector, k) for selector, k in _COLUMNS]
-            rows.append([prefill, says, *cells])
+            counts = [_counts(same, found, prefill, says, selector, k) for selector, k in _COLUMNS]
+            rows.append([prefill, says, *counts])
     return [
         "## Punctuation in the blocks\n",
-        "Blocks of 16 tokens with punctuation in each text, and hits (sum over the texts that have been "
-        "measured) by whether the blocks of the needle's digits, one or two, have any. If what `phsa` loses "
-        "were blocks without punctuation, it would be near `mean_pool` where all of the digits' blocks have "
-        "some.\n",
+        "Blocks of 16 tokens with punctuation in each text, and hits by whether the blocks of the needle's "
+        "digits, one or two, have any. If blocks without punctuation were what `phsa` loses by, it would be "
+        "near `mean_pool` where all of the digits' blocks have some.\n",
+        f"Hits are sums over {', '.join(r['text'] for r in same) or 'no text'}, as far as measured. Not "
+        f"counted, as the cells are of another version of the text: {', '.join(others) or 'none'}.\n",
         table(["text", "blocks with punctuation", "punctuation tokens a block"], about),
         table(["prefill", "digits' blocks with punctuation", *(f"{s}, k = {k}" for s, k in _COLUMNS)], rows),
     ]

@@ -102,9 +102,16 @@ def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp
     _write(tmp_path / "mass.jsonl", mass)
     assert gains_of(mass)["phsa"][2]["code"] == pytest.approx(0.2)
     shares = [1.0, 0.0, 0.5] * 20
-    blocks = {"text": "code", "num_tokens": 2048, "digit_blocks_with_punctuation_frac": shares}
+    blocks = {
+        "text": "code",
+        "text_sha256": "abc",
+        "num_tokens": 2048,
+        "digit_blocks_with_punctuation_frac": shares,
+    }
     blocks |= {"blocks_with_punctuation_frac": 0.5, "punctuation_per_block": 1.25}
-    (tmp_path / "blocks.json").write_text(json.dumps([blocks]))
+    (tmp_path / "blocks.json").write_text(
+        json.dumps([blocks, blocks | {"text": "essays", "text_sha256": "other"}])
+    )
     lambdas = [_needle(s, 2, [1, x] * 50) for s, x in (("mean_pool", 1), ("phsa@0.25", 0), ("phsa", 1))]
     _write(tmp_path / "lambdas" / "needles.jsonl", lambdas)
     page = tmp_path / "page" / "selectors"
@@ -134,7 +141,7 @@ def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp
     assert "prefill = sparse, not complete: essays: 5 of 9 cells not measured; prose: not measured" in text
     assert "| phsa | 0.25 | 50/100 (0.40 to 0.60) | -0.500 (" in text
     assert "Fewer than the plain mean: `phsa` 0.25; more: none." in text
-    assert "| code | 50.0% | 1.25 |" in text
+    assert "| code | 50.0% | 1.25 |" in text and "another version of the text: essays." in text
     assert "| dense | all | 5/20 | - | - | - | 20/20 | - |" in text
     for name in ("mass", "needles_dense"):
         assert (tmp_path / "page" / f"selectors_{name}.png").read_bytes().startswith(b"\x89PNG")
