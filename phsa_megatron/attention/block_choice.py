@@ -38,10 +38,6 @@ class KeyInfo(Protocol):
         """Return int32 [N + 1]: document boundaries over the b * T flattened keys."""
         ...
 
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """Return (position in its document, document index) of each key, both int32 [b * T]."""
-        ...
-
 
 @torch.no_grad()
 def choose_blocks(
