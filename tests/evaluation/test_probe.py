@@ -8,7 +8,7 @@ from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig, PunctuationLanguage, PunctuationMatch, Selector
-from phsa_megatron.config.selector_kinds import WITHOUT_SECOND_BRANCH
+from phsa_megatron.config.selector_kinds import WITH_PARAMETERS, WITHOUT_SECOND_BRANCH
 from phsa_megatron.evaluation import probe_attention
 from phsa_megatron.evaluation.probe_attention import SELECTORS, Probe, selects, settings_of
 from phsa_megatron.evaluation.probe_model import ProbeModel
@@ -56,7 +56,7 @@ def test_logits_are_those_of_transformers_also_in_two_parts(llama):
     assert not torch.allclose(ours.logits(hidden), expected[:, 29:49], atol=1e-2)
 
 
-@pytest.mark.parametrize("selector", sorted(set(Selector) - {Selector.dense_window}))
+@pytest.mark.parametrize("selector", sorted(set(Selector) - WITH_PARAMETERS - {Selector.dense_window}))
 def test_sparse_attention_of_the_last_queries_is_the_kernels_document_by_document(selector, monkeypatch):
     """Documents that stand side by side as heads, in parts of a mask, against the kernels with each alone."""
     monkeypatch.setattr(probe_attention, "_MASK_ENTRIES", 7_000)
