@@ -55,6 +55,12 @@ def evaluate(view: View, settings: EvalSettings, samples: Samples, tell: Tell) -
         PhsaError: a text is longer than the model takes, or data is missing.
     """
     records: list[Record] = []
+    longest, most = max(settings.lengths), view.answerer.max_tokens
+    if longest > most and {*LONG_TASKS, PERPLEXITY} & set(settings.chosen):
+        raise ConfigError(
+            f"lengths={settings.lengths}: {view.answerer.name} takes texts of up to {most:,} tokens; ask for "
+            f"shorter ones, or go beyond what it was trained with by max_tokens={longest}"
+        )
     for name in settings.chosen:
         if name in LONG_TASKS:
             records += _long(view, name, settings, samples, tell)

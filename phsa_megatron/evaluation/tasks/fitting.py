@@ -27,40 +27,55 @@ def fit(build: Build, encode: Encode, num_tokens: int, name: str) -> tuple[str, 
         ConfigError: the prompt without filler is longer, or no padding meets the number exactly.
     """
 
-    def length(pieces: int) -> int:
-        return len(encode(build(pieces, "")))
+    def over(pieces: int) -> int:
+        return len(encode(build(pieces, ""))) - num_tokens
 
-    least = length(0)
-    if least > num_tokens:
+    least = over(0)
+    if least > 0:
         raise ConfigError(
-            f"{name}: without any filler its prompt has {least:,} tokens, and {num_tokens:,} are asked for; "
-            "use larger lengths"
+            f"{name}: without any filler its prompt has {least + num_tokens:,} tokens, and "
+            f"{num_tokens:,} are asked for; use larger lengths"
         )
-    low, high = 0, 16
-    while (found := length(high)) <= num_tokens:
-        slope = max((found - least) / high, 0.1)
-        low, high = high, max(high + 1, int((num_tokens - least) / slope * 1.02) + 2)
-    low_tokens, high_tokens = length(low), found
-    # The piece that still fits: by proportion, because every look encodes the whole text.
-    while high - low > 1:
-        share = (num_tokens - low_tokens) / (high_tokens - low_tokens)
-        middle = min(max(low + int((high - low) * share), low + 1), high - 1)
-        found = length(middle)
-        if found <= num_tokens:
-            low, low_tokens = middle, found
-        else:
-            high, high_tokens = middle, found
+    pieces, missing = _last_that_fits(over, least)
     for pad in _PADS:
-        count = num_tokens - low_tokens
+        count = missing
         for _ in range(_MAX_ROUNDS):
-            prompt = build(low, pad * count)
-            missing = num_tokens - len(encode(prompt))
-            if missing == 0:
-                return prompt, low
-            count += missing
+            prompt = build(pieces, pad * count)
+            left = num_tokens - len(encode(prompt))
+            if left == 0:
+                return prompt, pieces
+            count += left
             if count < 0:
                 break
     raise ConfigError(
         f"{name}: no prompt of exactly {num_tokens:,} tokens was found with this tokenizer; another length "
         "or seed may do"
     )
+
+
+def _last_that_fits(over: Callable[[int], int], least: int) -> tuple[int, int]:
+    """Return (a number of pieces that fits while one more does not, the tokens that are still missing).
+
+    Each look encodes the whole text, so the next one is where a line through the bounds crosses zero; a bound
+    that stays is taken for half as far (the Illinois rule), or the line would creep.
+    """
+    low, low_over, high = 0, least, 16
+    while (high_over := over(high)) <= 0:
+        a_piece = max((high_over - low_over) / (high - low), 0.1)
+        further = min(int(-high_over / a_piece * 1.02) + 2, 7 * high)
+        low, low_over, high = high, high_over, high + further
+    below, above = low_over - 0.5, float(high_over)
+    stayed = 0
+    while high - low > 1:
+        middle = low + round((high - low) * below / (below - above))
+        middle = min(max(middle, low + 1), high - 1)
+        found = over(middle)
+        if found <= 0:
+            low, low_over, below = middle, found, found - 0.5
+            above = above / 2 if stayed > 0 else above
+            stayed = 1
+        else:
+            high, above = middle, float(found)
+            below = below / 2 if stayed < 0 else below
+            stayed = -1
+    return low, -low_over
