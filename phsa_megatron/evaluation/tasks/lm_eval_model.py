@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 
 _DEFAULT_ROOM = 256
 _REQUESTS_AT_ONCE = 64
+_LM_EVAL_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "batch_size": (None, 1, "1", "auto"),
+    "max_batch_size": (None,),
+    "device": (None, "cuda:0"),
+}
 
 
 @register_model("phsa")
@@ -76,9 +81,9 @@ class PhsaLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
             topk: selected blocks per query; None is the run's own.
             max_tokens: most tokens of a text; None is the training length.
             answerer: asked instead of a run.
-            lm_eval_settings: batch_size, max_batch_size and device, which lm_eval always passes; requests
-                are packed up to the training length and the device is the run's, so that only their absence
-                (batch_size 1 or none) is taken.
+            lm_eval_settings: batch_size, max_batch_size and device, which lm_eval always passes; only its
+                defaults are taken, because requests are packed up to the training length, and the device is
+                the run's.
 
         Raises:
             PhsaError: the run cannot be opened, or a setting is none of these.
@@ -87,7 +92,7 @@ class PhsaLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         unknown = {
             name: value
             for name, value in lm_eval_settings.items()
-            if not (name in ("batch_size", "max_batch_size", "device") and value in (None, 1, "1", "auto"))
+            if value not in _LM_EVAL_DEFAULTS.get(name, ())
         }
         if unknown:
             raise ConfigError(

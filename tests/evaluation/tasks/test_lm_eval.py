@@ -77,6 +77,19 @@ def test_lm_evals_own_command_line_knows_the_model(make_run, data_dir, monkeypat
     assert "acc,none" in json.loads(file.read_text(encoding="utf-8"))["results"]["piqa"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["topk=1"], "run=RUN is missing"),
+        (["run=x,batch=3"], "'batch': 3"),
+        (["run=x", "--device", "cuda:1"], "'device': 'cuda:1'"),
+    ],
+)
+def test_wrong_model_arguments_are_answered(arguments, words, capsys):
+    assert cli.evaluate(["lm-eval", "--model", "phsa", "--tasks", "piqa", "--model_args", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def requests(kind, *arguments):
     return [Instance(kind, {}, pair, i) for i, pair in enumerate(arguments)]
 
@@ -91,7 +104,7 @@ def test_requests_are_answered_as_the_answerer_does(make_run):
             expected = answerer.loglikelihood(*pair)
             assert nats == pytest.approx(expected.nats, abs=1e-3) and greedy == expected.is_greedy
         # A text of more tokens than the model takes: each token once, those of the first window in full.
-        text = "the red lamp and the amber canoe, so and so. " * 4
+        text = "the red lamp and the amber canoe, so and so. " * 6
         ids = model.tok_encode(text)
         assert len(ids) > 80
         (total,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
