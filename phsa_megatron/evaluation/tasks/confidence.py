@@ -11,6 +11,8 @@ import numpy as np
 _Z = 1.959963984540054
 """Of the normal distribution, two-sided 95%."""
 _RESAMPLES = 10_000
+_ROUNDS = 100
+"""Resamples are drawn in so many parts, which bounds the memory for long lists."""
 
 
 class Interval(NamedTuple):
@@ -52,9 +54,9 @@ def of_ratio(amounts: Sequence[float], weights: Sequence[float], seed: int = 0) 
     if len(above) == 1:
         return Interval(mean, math.nan, math.nan, "none")
     rng = np.random.default_rng(seed)
-    ratios = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        drawn = rng.integers(len(above), size=len(above))
-        ratios[i] = above[drawn].sum() / below[drawn].sum()
-    low, high = np.quantile(ratios, (0.025, 0.975))
+    ratios = []
+    for _ in range(_ROUNDS):
+        drawn = rng.integers(len(above), size=(_RESAMPLES // _ROUNDS, len(above)))
+        ratios.append(above[drawn].sum(1) / below[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(ratios), (0.025, 0.975))
     return Interval(mean, float(low), float(high), "bootstrap")
