@@ -6,6 +6,7 @@ import math
 import pytest
 
 from phsa_megatron import cli
+from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.evaluation.tasks.answerer import Request
 from phsa_megatron.evaluation.tasks.checkpoint_answerer import open_run
 from phsa_megatron.evaluation.tasks.general import GENERAL_TASKS
@@ -13,6 +14,7 @@ from phsa_megatron.evaluation.tasks.general import GENERAL_TASKS
 pytest.importorskip("lm_eval", reason="the extra eval brings it; CI's second leg has it")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
 from phsa_megatron.evaluation.tasks.lm_eval_model import PhsaLM
 
@@ -78,16 +80,17 @@ def test_lm_evals_own_command_line_knows_the_model(make_run, data_dir, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("model_args", "of_lm_eval", "words"),
     [
-        (["topk=1"], "run=RUN is missing"),
-        (["run=x,batch=3"], "'batch': 3"),
-        (["run=x", "--device", "cuda:1"], "'device': 'cuda:1'"),
+        ({"topk": 1}, {}, "run=RUN is missing"),
+        ({"run": "x", "batch": 3}, {}, "'batch': 3"),
+        ({"run": "x"}, {"device": "cuda:1", "batch_size": 1}, "'device': 'cuda:1'"),
+        ({"run": "x"}, {"device": "cuda:0", "batch_size": 1}, "x is not a run folder"),
     ],
 )
-def test_wrong_model_arguments_are_answered(arguments, words, capsys):
-    assert cli.evaluate(["lm-eval", "--model", "phsa", "--tasks", "piqa", "--model_args", *arguments]) == 2
-    assert words in capsys.readouterr().err
+def test_wrong_model_arguments_are_answered(model_args, of_lm_eval, words):
+    with pytest.raises(ConfigError, match=words):
+        get_model("phsa").create_from_arg_obj(model_args, of_lm_eval)
 
 
 def requests(kind, *arguments):
