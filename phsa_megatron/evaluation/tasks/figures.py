@@ -33,7 +33,7 @@ def heat_map(
     size = 2.4 + 0.75 * len(columns), 1.5 + 0.4 * len(rows)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(table, aspect="auto", cmap="RdYlGn", vmin=0.0, vmax=1.0)
+    axes.imshow(table, aspect="auto", cmap="RdYlGn", vmin=0.0, vmax=1.0, alpha=0.7)
     for y, line in enumerate(table):
         for x, value in enumerate(line):
             if value == value:
