@@ -54,6 +54,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def evaluate(argv: list[str] | None = None) -> int:
+    """Run `phsa-eval` and return its exit code: 2 for an error that the message explains."""
+    try:
+        return _in_megatron("phsa_megatron.evaluation.tasks.command")(sys.argv[1:] if argv is None else argv)
+    except PhsaError as error:
+        print(f"phsa-eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("phsa-eval: interrupted; the same command again goes on from here", file=sys.stderr)
+        return 130
+
+
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())

@@ -118,7 +118,7 @@ def measure(
         changed = dataclasses.replace(config, attention=attention)
         recorder = new_recorder(changed, groups, arguments.rows)
         forward = ForwardStep(changed, table, topk, groups, recorder, is_dense=arguments.dense)
-        with _attending(parts, attention):
+        with attending(parts, attention):
             for batch in batches:
                 _forward(parts, batch, forward)
         results.append(_record(attention, topk, recorder, committed[-1], count))
@@ -152,7 +152,7 @@ def _forward(parts: Parts, batch: Batch, forward: ForwardStep) -> None:
 
 
 @contextmanager
-def _attending(parts: Parts, attention: AttentionConfig) -> Iterator[None]:
+def attending(parts: Parts, attention: AttentionConfig) -> Iterator[None]:
     """Give every layer these settings for a while."""
     layers = [m for chunk in parts.model for m in chunk.modules() if isinstance(m, PHSACoreAttention)]
     before = [layer.attention for layer in layers]
