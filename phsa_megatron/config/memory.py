@@ -19,7 +19,7 @@ from phsa_megatron.config.activations import (
 )
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.learned_weights import learned_weights
-from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, Loss, Recompute, TrainConfig
 
 _GIB = 1 << 30
 
@@ -144,8 +144,9 @@ def stage_memory(
     last = stage == parallel.pipeline_size - 1
     chunk_layers = model.num_layers / (parallel.pipeline_size * (parallel.virtual_pipeline_size or 1))
     layers = chunks_in_flight(config, micro_batches, stage) * chunk_layers
-    kept, gathered, final = layers * layer.kept(parallel.recompute), 0.0, 0.0
-    if layer.recomputed(parallel.recompute) == 0:
+    again = None if parallel.recompute_layers is None else layers / chunk_layers * parallel.recompute_layers
+    kept, gathered, final = layer.kept_by(layers, parallel.recompute, again), 0.0, 0.0
+    if parallel.recompute in (Recompute.none, Recompute.mlp):
         gathered = layers * layer.gathered_kv
     logits = tied_gradient = 0.0
     if not last:
@@ -160,9 +161,13 @@ def stage_memory(
         softmax = 4 * own_tokens(config) * padded_vocab / parallel.tensor_size
         kept += model.mtp_num_layers * (depth + softmax)
         logits = softmax + own_tokens(config) * padded_vocab / parallel.tensor_size * e
+        if config.compute.loss == Loss.chunked:
+            logits = chunked_loss_bytes(config, padded_vocab)
     pooled, workspace = _pooled_keys_bytes(config), kernel_workspace_bytes(config)
     recomputed = layer.recomputed(parallel.recompute)
     loss = max(logits, logits / (4 + e) * e + _output_gradient_bytes(config, padded_vocab)) if last else 0.0
+    if last and config.compute.loss == Loss.chunked:
+        loss = logits
     if last and stage == 0 and model.tie_embeddings:
         # The output layer's part of the gradient waits for that of the embedding.
         tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
@@ -188,6 +193,16 @@ def stage_memory(
         moment=moment,
         pipeline_stage=stage,
     )
+
+
+def chunked_loss_bytes(config: TrainConfig, padded_vocab: int) -> float:
+    """Return what a loss in chunks takes: fp32 gradients of the output weight, gradients of the hidden states,
+    and the larger of a chunk's logits with their gradients and of both gradients as they are handed on."""
+    model, e, tokens = config.model, element_bytes(config), own_tokens(config)
+    rows = padded_vocab / config.parallel.tensor_size
+    chunk = min(config.compute.loss_chunk_tokens, tokens) * rows * 2 * e
+    handed_on = e * (rows * model.hidden_size + tokens * model.hidden_size)
+    return 4 * rows * model.hidden_size + e * tokens * model.hidden_size + max(chunk, handed_on)
 
 
 def kernel_workspace_bytes(config: TrainConfig) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from torch.optim.adamw import adamw
 
 
@@ -59,14 +59,18 @@ class GroupStepAdam(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             states = [self._state_of(p) for p in params]
             steps_before = group.get("step", 0)
+            fused = bool(params) and all(p.is_cuda for p in params)
+            # torch counts up in place, one tensor a parameter; the fused kernel wants them on its device.
+            steps = torch.full((len(params),), float(steps_before), device=params[0].device if fused else "cpu")
             adamw(
                 params,
                 [p.grad for p in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                # torch counts up in place, one tensor a parameter.
-                [torch.tensor(float(steps_before)) for _ in params],
+                list(steps.unbind()),
+                # On the CPU as ever: results of earlier runs are kept to the bit.
+                fused=fused or None,
                 amsgrad=False,
                 maximize=False,
                 lr=group["lr"],
@@ -86,6 +90,22 @@ class GroupStepAdam(torch.optim.Optimizer):
         return state
 
 
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
+) -> tuple[torch.Tensor, None]:
+    """Returns the norm of all tensors, fp32 [1], without waiting for the device: megatron's own waits for each."""
+    norms = torch.stack(torch._foreach_norm([tensor for tensors in lists for tensor in tensors]))
+    return torch.linalg.vector_norm(norms).reshape(1), None
+
+
+def _scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float) -> None:
+    """Scales tensors in place, all at once."""
+    source, target = lists
+    if any(a.data_ptr() != b.data_ptr() for a, b in zip(source, target, strict=True)):
+        raise ValueError("gradients are clipped in place; source and target differ")
+    torch._foreach_mul_(target, scale)
+
+
 def install() -> bool:
     """Makes megatron-core use GroupStepAdam where it would fall back to torch's AdamW.
 
@@ -95,6 +115,9 @@ def install() -> bool:
         return True
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         return False
+    if torch.cuda.is_available():
+        clip_grads.l2_norm_impl = _l2_norm
+        clip_grads.multi_tensor_scale_impl = _scale
     megatron_optimizer.Adam = GroupStepAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     # These three send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
