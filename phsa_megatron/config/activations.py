@@ -52,7 +52,7 @@ class LayerActivations:
                 return self.layer_input
 
     def kept_by(self, layers: float, recompute: Recompute, recompute_layers: float | None) -> float:
-        """Return what so many layers keep, of which the first `recompute_layers` are recomputed; None is all."""
+        """Return what so many layers keep, the first `recompute_layers` being recomputed; None is all."""
         if recompute_layers is None:
             return layers * self.kept(recompute)
         again = min(layers, recompute_layers)

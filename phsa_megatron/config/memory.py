@@ -196,8 +196,11 @@ def stage_memory(
 
 
 def chunked_loss_bytes(config: TrainConfig, padded_vocab: int) -> float:
-    """Return what a loss in chunks takes: fp32 gradients of the output weight, gradients of the hidden states,
-    and the larger of a chunk's logits with their gradients and of both gradients as they are handed on."""
+    """Return what a loss in chunks takes.
+
+    That is the fp32 gradient of the output weight, the gradient of the hidden states, and the larger of a
+    chunk's logits with their gradients and of both gradients as they are handed on.
+    """
     model, e, tokens = config.model, element_bytes(config), own_tokens(config)
     rows = padded_vocab / config.parallel.tensor_size
     chunk = min(config.compute.loss_chunk_tokens, tokens) * rows * 2 * e

@@ -213,8 +213,8 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     """Activation recomputation."""
     recompute_layers: int | None = None
-    """With recompute=full, how many layers of a model chunk are recomputed, from the first on, while the others
-    keep everything; null is all of them."""
+    """With recompute=full, how many layers of a model chunk are recomputed, from the first on, while the
+    others keep everything; null is all of them."""
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
 A rule yields messages made by `broken`: field, value, rule and fix. Rules of the layout are in
-`parallel_rules.py`, of `compute` in `compute_rules.py`, of the attention in `attention_rules.py`, of the cluster in `validate_cluster.py`, ranges
-of single numbers in `ranges.py`; types and names are checked earlier, by the schema.
+`parallel_rules.py`, of the attention in `attention_rules.py`, of `compute` in `compute_rules.py`, of the
+cluster in `validate_cluster.py`, ranges of single numbers in `ranges.py`; types and names are checked
+earlier, by the schema.
 """
 
 from __future__ import annotations

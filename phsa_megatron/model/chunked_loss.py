@@ -2,7 +2,7 @@
 
 For Qwen3's 151,936 tokens of vocabulary the logits of 32,768 tokens are 10 GB in bf16 and 20 GB as the fp32
 softmax. Here the logits of a chunk become losses and gradients while they exist, and are then dropped. The
-gradient of the loss with respect to a logit is softmax minus one-hot, times what the loss of its token counts:
+gradient of the loss with respect to a logit is softmax minus one-hot, times what its token's loss counts:
 with the loss mask known in the forward pass, gradients of hidden states and of the output weight are made
 there, without a second product for the logits. What the sum of losses is multiplied by afterwards is one
 number, and scales both in the backward pass.
@@ -92,9 +92,7 @@ def linear_cross_entropy(
     """
     if loss_mask is None:
         loss_mask = torch.ones(labels.shape, device=hidden.device)
-    losses: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, loss_mask.float(), chunk_tokens, group
-    )
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask.float(), chunk_tokens, group)
     return losses
 
 
@@ -136,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, loss_mask = ctx.saved_tensors
         scale = (grad * loss_mask).sum() / loss_mask.square().sum().clamp(min=1e-30)
         distance = (grad - scale * loss_mask).abs().max()
@@ -203,7 +201,20 @@ def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any
 
 def _add_product(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
     """Add logits_grad^T @ hidden to the fp32 sum."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if not hidden.is_cuda or hidden.dtype == torch.float32:
+        total.addmm_(logits_grad.t().float(), hidden.float())
+    elif _adds_in_one_product(hidden.device, hidden.dtype):
         torch.addmm(total, logits_grad.t(), hidden, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(logits_grad.t().float(), hidden.float())
+        total += torch.mm(logits_grad.t(), hidden, out_dtype=torch.float32)
+
+
+@cache
+def _adds_in_one_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this torch adds a product of bf16 matrices to an fp32 matrix; older ones refuse."""
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 17).all())

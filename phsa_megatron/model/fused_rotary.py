@@ -27,7 +27,7 @@ def rotate_compiled(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tens
             f"the fused rotation turns channel i with channel i + D / 2, all D={t.shape[-1]} of them; asked "
             f"for interleaved={interleaved} and {freqs.shape[-1]} channels"
         )
-    rotated: Tensor = _Rotation.apply(t, *_cosines_and_sines(freqs))
+    rotated: Tensor = _Rotation.apply(t, *_cosines_and_sines(freqs))  # type: ignore[no-untyped-call]
     return rotated
 
 
@@ -65,5 +65,5 @@ class _Rotation(torch.autograd.Function):
         return _compiled()(t, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _compiled()(grad, *ctx.saved_tensors), None, None, None

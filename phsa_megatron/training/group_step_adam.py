@@ -61,7 +61,9 @@ class GroupStepAdam(torch.optim.Optimizer):
             steps_before = group.get("step", 0)
             fused = bool(params) and all(p.is_cuda for p in params)
             # torch counts up in place, one tensor a parameter; the fused kernel wants them on its device.
-            steps = torch.full((len(params),), float(steps_before), device=params[0].device if fused else "cpu")
+            steps = torch.full(
+                (len(params),), float(steps_before), device=params[0].device if fused else "cpu"
+            )
             adamw(
                 params,
                 [p.grad for p in params],
@@ -93,7 +95,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 def _l2_norm(
     chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Returns the norm of all tensors, fp32 [1], without waiting for the device: megatron's own waits for each."""
+    """Returns the norm of all tensors, fp32 [1]; megatron's own function waits for the device at each."""
     norms = torch.stack(torch._foreach_norm([tensor for tensors in lists for tensor in tensors]))
     return torch.linalg.vector_norm(norms).reshape(1), None
 

@@ -12,7 +12,6 @@ alone, in several implementations), page. Further KEY=VALUE settings go to every
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import time
@@ -76,7 +75,7 @@ class Measurement:
     @property
     def left_s(self) -> float:
         """Return the seconds until the deadline."""
-        return self.deadline_s - time.monotonic()
+        return float(self.deadline_s - time.monotonic())
 
     def say(self, text: str) -> None:
         """Print a line with the seconds that are left."""
@@ -110,7 +109,10 @@ class Measurement:
             if timing is None:
                 entry["failed"] = trouble
             else:
-                entry |= {"step_ms": round(timing.median_s * 1e3, 2), "peak_memory_gib": timing.peak_memory_gib}
+                entry |= {
+                    "step_ms": round(timing.median_s * 1e3, 2),
+                    "peak_memory_gib": timing.peak_memory_gib,
+                }
                 if best is None or timing.median_s < best[1].median_s:
                     best = setting, timing
             tried.append(entry)
@@ -152,7 +154,10 @@ class Measurement:
         trouble = ""
         try:
             self.session.adopt(config_of(row, setting, self.extra))
-            return self.session.time_steps(self.num_warm_up, self.num_timed or row.num_timed), trouble
+            timing = self.session.time_steps(
+                self.num_warm_up or row.num_warm_up, self.num_timed or row.num_timed
+            )
+            return timing, trouble
         except Exception as error:  # a row must not end the measurement
             trouble = f"{type(error).__name__}: {error}"
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in trouble.lower()
@@ -205,7 +210,9 @@ class Measurement:
                 self.extra,
             )
             try:
-                self.session = Session(config_of(row, Setting(micro_batch=8), (*settings, *self.extra)), TrainState())
+                self.session = Session(
+                    config_of(row, Setting(micro_batch=8), (*settings, *self.extra)), TrainState()
+                )
                 curves[name] = self._curve(num_steps)
                 self.session.groups.close()
             except Exception:
@@ -233,7 +240,7 @@ def _about(commit: str | None, device: str) -> dict[str, Any]:
     versions: dict[str, str] = {"torch": torch.__version__}
     for name in ("triton", "megatron-core"):
         try:
-            versions[name] = version(name)
+            versions[name] = version(name)  # type: ignore[no-untyped-call]
         except PackageNotFoundError:
             versions[name] = "absent"
     if device == "cuda":
@@ -257,7 +264,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", choices=[row.name for row in ROWS])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     parser.add_argument("--deadline-s", type=float, default=3600.0, help="no row begins that would end later")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="steps that are not timed")
+    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps before; 0: each row's own")
     parser.add_argument("--timed", type=int, default=0, metavar="N", help="timed steps; 0: each row's own")
     parser.add_argument("--curve-steps", type=int, default=200, metavar="N", help="steps of a loss curve")
     parser.add_argument("--commit", help="of the code, where there is no git to ask")

@@ -19,8 +19,8 @@ CURVES_FILE = "h100_training_curves.json"
 OPS_FILE = "h100_training_ops.json"
 PAGE_FILE = "h100_training.md"
 _COLUMNS = (
-    "row", "recompute", "micro-batch", "documents", "step ms", "tokens/s", "MFU selected", "dense-equivalent "
-    "TFLOP/s", "peak GiB", "times dense",
+    "row", "recompute", "micro-batch", "documents", "step ms", "tokens/s", "MFU selected",
+    "dense-equivalent TFLOP/s", "peak GiB", "times dense",
 )  # fmt: skip
 
 
@@ -36,7 +36,8 @@ def line(row: dict[str, Any]) -> str:
     mfu = row["mfu_selected_frac"]
     return (
         f"{row['name']}: {row['step_ms']:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s, MFU "
-        f"{'-' if mfu is None else f'{mfu:.1%}'}, {row['peak_memory_gib']:.1f} GiB, recompute {row['recompute']}"
+        f"{'-' if mfu is None else f'{mfu:.1%}'}, {row['peak_memory_gib']:.1f} GiB, recompute "
+        f"{row['recompute']}"
     )
 
 
@@ -70,12 +71,14 @@ def _read(path: Path) -> Any:
 def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
     about = rows[0]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    dense = {(r["seq_len_tokens"], r["packed"]): r for r in rows if r["attention"] == "dense" and "failed" not in r}
+    dense = {
+        (r["seq_len_tokens"], r["packed"]): r for r in rows if r["attention"] == "dense" and "failed" not in r
+    }
     lines = [
         f"`phsa-train measure-training --out docs/results` on one {about['device']} ({versions}), commit "
         f"`{about['commit'][:12]}`. A step is forward, backward, AdamW and everything between, on "
-        "131,072 tokens of the project's own text in Qwen's tokens; medians. Texts are joined to one document a "
-        "sequence, except in the packed rows. MFU counts the FLOPs that the row's attention needs, without "
+        "131,072 tokens of the project's own text in Qwen's tokens; medians. Texts are joined to one "
+        "document a sequence, except in the packed rows. MFU counts the FLOPs that the row's attention needs, without "
         "recomputation, against 989 TFLOP/s. Each row has the best of the settings that were tried, which "
         f"[the rows]({ROWS_FILE}) list.",
         "",
@@ -90,9 +93,9 @@ def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
         base = dense.get((row["seq_len_tokens"], row["packed"]))
         ratio = "-" if base is None else f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}"
         cells = (
-            row["name"], row["recompute"], row["micro_batch"], row["num_documents"], f"{row['step_ms']:,.1f}",
-            f"{row['tokens_per_s']:,.0f}", "-" if mfu is None else f"{mfu:.1%}", f"{row['dense_equiv_tflops']:.0f}",
-            f"{row['peak_memory_gib']:.1f}", ratio,
+            row["name"], row["recompute"], row["micro_batch"], row["num_documents"],
+            f"{row['step_ms']:,.1f}", f"{row['tokens_per_s']:,.0f}", "-" if mfu is None else f"{mfu:.1%}",
+            f"{row['dense_equiv_tflops']:.0f}", f"{row['peak_memory_gib']:.1f}", ratio,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| gate | least | goal | measured | |", "|---|---|---|---|---|"]
@@ -108,17 +111,21 @@ def _profile_section(profiles: list[dict[str, Any]]) -> list[str]:
         "## Where a step's time goes",
         "",
         "Milliseconds of one profiled step, kernels grouped by name; every kernel is in "
-        f"[the profile]({PROFILE_FILE}). Idle is the step's wall time in which no kernel ran, with the profiler's "
-        "own cost in it.",
+        f"[the profile]({PROFILE_FILE}). Idle is the step's wall time in which no kernel ran, with the "
+        "profiler's own cost in it.",
         "",
         "| | " + " | ".join(p["name"] for p in profiles) + " |",
         "|---" * (len(profiles) + 1) + "|",
     ]
     for kind in kinds:
-        lines.append(f"| {kind} | " + " | ".join(f"{p['kinds_ms'].get(kind, 0):.1f}" for p in profiles) + " |")
+        lines.append(
+            f"| {kind} | " + " | ".join(f"{p['kinds_ms'].get(kind, 0):.1f}" for p in profiles) + " |"
+        )
     for name, key in (("idle", "idle_ms"), ("whole step", "step_ms")):
         lines.append(f"| {name} | " + " | ".join(f"{p[key]:.1f}" for p in profiles) + " |")
-    lines.append("| waits of the host | " + " | ".join(str(sum(p["host_waits"].values())) for p in profiles) + " |")
+    lines.append(
+        "| waits of the host | " + " | ".join(str(sum(p["host_waits"].values())) for p in profiles) + " |"
+    )
     return lines
 
 
@@ -150,14 +157,18 @@ def _plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     shown = [r for r in rows if "failed" not in r and not r["packed"]]
     for label in dict.fromkeys((r["attention"], r["topk"]) for r in shown):
-        points = sorted((r["seq_len_tokens"], r["tokens_per_s"]) for r in shown if (r["attention"], r["topk"]) == label)
+        points = sorted(
+            (r["seq_len_tokens"], r["tokens_per_s"]) for r in shown if (r["attention"], r["topk"]) == label
+        )
         name = "dense, cuDNN" if label[0] == "dense" else f"PHSA, k = {label[1]}"
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     lengths = sorted({r["seq_len_tokens"] for r in shown})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-    axes.set(title="Qwen3-0.6B, whole training step, one GPU", xlabel="tokens of a sequence", ylabel="tokens/s")
+    axes.set(
+        title="Qwen3-0.6B, whole training step, one GPU", xlabel="tokens of a sequence", ylabel="tokens/s"
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     _save(figure, path)

@@ -48,6 +48,7 @@ class Row:
         topk: selected blocks a query; None for dense.
         packed: documents stay apart inside a sequence; otherwise texts are joined to one document.
         num_timed: steps that are timed.
+        num_warm_up: steps before them.
     """
 
     attention: str
@@ -55,6 +56,7 @@ class Row:
     topk: int | None = None
     packed: bool = False
     num_timed: int = 5
+    num_warm_up: int = 2
 
     @property
     def name(self) -> str:
@@ -69,10 +71,10 @@ ROWS = (
     Row("dense", 32768),
     Row("dense", 4096, num_timed=8),
     Row("phsa", 4096, 2, num_timed=8),
-    Row("phsa", 131072, 2),
-    Row("dense", 131072),
+    Row("phsa", 131072, 2, num_warm_up=1),
+    Row("dense", 131072, num_warm_up=1),
     Row("phsa", 32768, 16),
-    Row("phsa", 131072, 16),
+    Row("phsa", 131072, 16, num_warm_up=1),
     Row("phsa", 4096, 16),
     Row("phsa", 32768, 2, packed=True),
     Row("dense", 32768, packed=True),
