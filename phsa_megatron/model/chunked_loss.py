@@ -92,7 +92,8 @@ def linear_cross_entropy(
     """
     if loss_mask is None:
         loss_mask = torch.ones(labels.shape, device=hidden.device)
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask.float(), chunk_tokens, group)
+    arguments = hidden, weight, labels, loss_mask.float(), chunk_tokens, group
+    losses: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return losses
 
 

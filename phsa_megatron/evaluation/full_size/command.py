@@ -240,11 +240,12 @@ def _about(commit: str | None, device: str) -> dict[str, Any]:
     versions: dict[str, str] = {"torch": torch.__version__}
     for name in ("triton", "megatron-core"):
         try:
-            versions[name] = version(name)  # type: ignore[no-untyped-call]
+            versions[name] = str(version(name))
         except PackageNotFoundError:
             versions[name] = "absent"
     if device == "cuda":
-        versions["cudnn"] = str(torch.backends.cudnn.version())
+        cudnn: Any = torch.backends.cudnn
+        versions["cudnn"] = str(cudnn.version())
     if commit is None:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip() or "unknown"

@@ -78,9 +78,9 @@ def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
         f"`phsa-train measure-training --out docs/results` on one {about['device']} ({versions}), commit "
         f"`{about['commit'][:12]}`. A step is forward, backward, AdamW and everything between, on "
         "131,072 tokens of the project's own text in Qwen's tokens; medians. Texts are joined to one "
-        "document a sequence, except in the packed rows. MFU counts the FLOPs that the row's attention needs, without "
-        "recomputation, against 989 TFLOP/s. Each row has the best of the settings that were tried, which "
-        f"[the rows]({ROWS_FILE}) list.",
+        "document a sequence, except in the packed rows. MFU counts the FLOPs that the row's attention "
+        "needs, without recomputation, against 989 TFLOP/s. Each row has the best of the settings that were "
+        f"tried, which [the rows]({ROWS_FILE}) list.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|---" * len(_COLUMNS) + "|",
