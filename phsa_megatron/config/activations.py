@@ -139,7 +139,10 @@ def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
     length = config.data.seq_len_tokens
     lse = 4 * model.num_query_heads / tensor_size
     if attention.kind == AttentionKind.dense:
-        return t * (q * e + lse)
+        # The output of one row is a view of what the projection reads; of several, and of the pieces that
+        # context parallelism makes, it is put together anew.
+        pieces = config.optim.micro_batch_sequences > 1 or config.parallel.context_size > 1
+        return t * ((q * e if pieces else 0) + lse)
     if attention.impl == KernelImpl.reference:
         # fp32 scores and probabilities of what is attended to or masked: rough, and too much for long texts.
         pairs = 0.0 if is_dense(length, attention) else (length + 1) / 2

@@ -153,8 +153,9 @@ def stage_memory(
         # What a stage sends stays until its gradient arrives.
         kept += layers / chunk_layers * layer.layer_input
     if last:
-        # The final norm: its input, its output and one fp32 a row.
-        final = own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
+        # The final norm: its input, one fp32 a row, and its output unless that has done its work with the loss.
+        copies = 1 if config.compute.loss == Loss.chunked else 2
+        final = own_tokens(config) * residual_width(config) * (copies * e + 4 / model.hidden_size)
         kept += final
         # A depth keeps its layer, its embedding, both joined, and its own final norm and softmax.
         depth = layer.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
@@ -198,14 +199,15 @@ def stage_memory(
 def chunked_loss_bytes(config: TrainConfig, padded_vocab: int) -> float:
     """Return what a loss in chunks takes.
 
-    That is the fp32 gradient of the output weight, the gradient of the hidden states, and the larger of a
-    chunk's logits with their gradients and of both gradients as they are handed on.
+    That is the fp32 gradient of the output weight, the gradient of the hidden states, and the larger of the
+    hidden states with a chunk's logits and their gradients, and of both gradients as they are handed on.
     """
     model, e, tokens = config.model, element_bytes(config), own_tokens(config)
     rows = padded_vocab / config.parallel.tensor_size
+    hidden = e * tokens * model.hidden_size
     chunk = min(config.compute.loss_chunk_tokens, tokens) * rows * 2 * e
-    handed_on = e * (rows * model.hidden_size + tokens * model.hidden_size)
-    return 4 * rows * model.hidden_size + e * tokens * model.hidden_size + max(chunk, handed_on)
+    handed_on = e * rows * model.hidden_size
+    return 4 * rows * model.hidden_size + 2 * hidden + max(chunk, handed_on)
 
 
 def kernel_workspace_bytes(config: TrainConfig) -> float:

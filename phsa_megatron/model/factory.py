@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.flops import padded_vocab_size
-from phsa_megatron.config.schema import ContextSharding, Dtype, Loss, TrainConfig
+from phsa_megatron.config.schema import ContextSharding, Dtype, Layers, Loss, TrainConfig
 from phsa_megatron.model.chunked_loss import ChunkedLossGPT
 from phsa_megatron.model.experts import draw_expert_weights, random_numbers_of_experts_apart
 from phsa_megatron.model.norm import RMSNorm
@@ -90,8 +90,10 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
 
 
 def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
-    """Return a layer's spec with our norm in all of its places."""
+    """Return a layer's spec with our norm in all of its places; Transformer Engine's layers have their own."""
     spec = layer_spec(config, mtp_depth)
+    if config.compute.layers == Layers.transformer_engine:
+        return spec
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     if config.model.qk_norm:
         heads = spec.submodules.self_attention.submodules

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from phsa_megatron.config.schema import Dtype, Elementwise, Recompute, TrainConfig
+from phsa_megatron.config.schema import Dtype, Elementwise, Fp8, Recompute, TrainConfig
 from phsa_megatron.model.fused_rotary import rotate_compiled
 from phsa_megatron.parallel.mcore import balancing_loss_factor, install_fused_rotation
+from phsa_megatron.parallel.optional_libraries import required
 
 _TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
@@ -69,6 +70,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_virtual_stages(parallel.virtual_pipeline_size),
         **recompute_settings(config),
         **_fusion(config),
+        **_fp8(config),
         **_UNUSED_FUSION,
     )
 
@@ -82,11 +84,20 @@ def recompute_settings(config: TrainConfig) -> dict[str, Any]:
     return settings | {"recompute_method": "block", "recompute_num_layers": parallel.recompute_layers}
 
 
+def _fp8(config: TrainConfig) -> dict[str, Any]:
+    # Forward in e4m3, gradients in e5m2: "hybrid". The rules ask for Transformer Engine's layers.
+    recipe = config.compute.fp8
+    return {} if recipe == Fp8.none else {"fp8": "hybrid", "fp8_recipe": recipe.value}
+
+
 def _fusion(config: TrainConfig) -> dict[str, Any]:
     compiled = config.compute.elementwise == Elementwise.compiled
     if compiled:
         # Megatron asks, when it is configured, whether there is a fused rotation.
         install_fused_rotation(rotate_compiled)
+    if config.compute.fused_weight_gradient:
+        setting = "compute.fused_weight_gradient=true"
+        required(setting, "fused_weight_gradient_mlp_cuda", instead="compute.fused_weight_gradient=false")
     return {
         "bias_activation_fusion": compiled,
         "apply_rope_fusion": compiled,

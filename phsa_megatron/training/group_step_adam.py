@@ -16,6 +16,14 @@ import torch
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from torch.optim.adamw import adamw
 
+from phsa_megatron.config.schema import Adam
+from phsa_megatron.parallel.optional_libraries import required
+
+_IMPORTED: Any = megatron_optimizer.Adam
+_FELL_BACK: bool = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+"""Whether megatron found neither Transformer Engine nor apex when it was imported."""
+_LIBRARY = {Adam.apex: "apex.optimizers", Adam.transformer_engine: "transformer_engine.pytorch.optimizers"}
+
 
 class GroupStepAdam(torch.optim.Optimizer):
     """AdamW as `torch.optim.AdamW`, bit for bit, but with `step` (an int) in the parameter group.
@@ -108,22 +116,26 @@ def _scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tenso
     torch._foreach_mul_(target, scale)
 
 
-def install() -> bool:
-    """Makes megatron-core use GroupStepAdam where it would fall back to torch's AdamW.
+def install(adam: Adam = Adam.auto) -> type:
+    """Makes megatron-core use the AdamW that a recipe asks for, and returns its class.
 
-    Returns whether it is in use: false where Transformer Engine or apex is installed, whose FusedAdam stays.
+    Megatron chooses when it is imported: Transformer Engine's, else apex's, else torch's. With `auto` that
+    choice stays, but for torch's, in whose place GroupStepAdam comes.
+
+    Raises:
+        DeviceError: a library is asked for by name and absent.
     """
-    if megatron_optimizer.Adam is GroupStepAdam:
-        return True
-    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        return False
-    if torch.cuda.is_available():
+    if adam in _LIBRARY:
+        setting = f"compute.adam={adam}"
+        chosen: type = required(setting, _LIBRARY[adam], "FusedAdam", instead="compute.adam=torch")
+    else:
+        chosen = GroupStepAdam if adam == Adam.torch or _FELL_BACK else _IMPORTED
+    if _FELL_BACK and torch.cuda.is_available():
         clip_grads.l2_norm_impl = _l2_norm
         clip_grads.multi_tensor_scale_impl = _scale
-    megatron_optimizer.Adam = GroupStepAdam
+    megatron_optimizer.Adam = distrib_optimizer.Adam = chosen
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    # These three send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
-    distrib_optimizer.Adam = GroupStepAdam
+    # These send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
-    return True
+    return chosen

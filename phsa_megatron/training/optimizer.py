@@ -114,7 +114,7 @@ class Parts:
 
 def build_parts(config: TrainConfig, groups: Groups) -> Parts:
     """Builds the model, wraps it, and gives it an optimizer and a schedule, all at step zero."""
-    group_step_adam.install()
+    group_step_adam.install(config.compute.adam)
     chunks = build_model(config, groups)
     for chunk in chunks:
         if not chunk.config.calculate_per_token_loss:

@@ -13,7 +13,7 @@ from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.derive import data_parallel_size, micro_batches_per_step
 from phsa_megatron.config.flops import ParameterCount
 from phsa_megatron.config.memory import stage_parameters
-from phsa_megatron.config.schema import Recompute, TrainConfig
+from phsa_megatron.config.schema import Loss, Recompute, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,18 @@ def _tensor(config: TrainConfig, layers: float, micro_batches: int) -> Traffic:
     passes = forward * (1 + again) + backward
     sharded = config.parallel.sequence_parallel
     # The output layer's stage sends more than the embedding's; one stage has both.
-    output, embedding = (3, 2) if sharded else (2, 2)
+    chunked = config.compute.loss == Loss.chunked  # makes the weight's gradient in the forward pass
+    output, embedding = (3 if sharded and not chunked else 2, 2)
     ends = (output + (embedding if config.parallel.pipeline_size == 1 else 0)) * micro_batches
     units = layers * passes + ends
     # The softmax of the loss sums three fp32 numbers a token.
     losses = 3 * micro_batches * (1 + config.model.mtp_num_layers)
     num_bytes = units * residual_bytes(config) + losses * 2 * 4 * own_tokens(config)
-    messages = units / (1 if sharded else 2) + losses
+    if chunked:  # the largest logit, then both sums at once, of every chunk
+        chunks = -(-own_tokens(config) // config.compute.loss_chunk_tokens)
+        messages = units / (1 if sharded else 2) + 2 * chunks * micro_batches
+    else:
+        messages = units / (1 if sharded else 2) + losses
     return Traffic("activations (tensor)", num_bytes * (size - 1) / size, messages, size, 1)
 
 
