@@ -19,7 +19,7 @@ from phsa_megatron.config.activations import (
 )
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.learned_weights import learned_weights
-from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, Loss, Recompute, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Device, Dtype, KernelImpl, Loss, Recompute, TrainConfig
 
 _GIB = 1 << 30
 
@@ -153,7 +153,7 @@ def stage_memory(
         # What a stage sends stays until its gradient arrives.
         kept += layers / chunk_layers * layer.layer_input
     if last:
-        # The final norm: its input, one fp32 a row, and its output unless that has done its work with the loss.
+        # The final norm: its input, one fp32 a row, and its output, unless that went into the loss.
         copies = 1 if config.compute.loss == Loss.chunked else 2
         final = own_tokens(config) * residual_width(config) * (copies * e + 4 / model.hidden_size)
         kept += final
@@ -174,7 +174,8 @@ def stage_memory(
         tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
     in_layer = recomputed + max(_mlp_backward_bytes(config), _attention_bytes(config, pooled, workspace))
     in_layer = max(0.0, in_layer + tied_gradient - final)
-    optimizer_step = 4 * here / shards  # the square roots of the second moments, all at once
+    # torch's multi-tensor Adam has the square roots of the second moments all at once; fused ones have none.
+    optimizer_step = 0.0 if config.cluster.device == Device.cuda else 4 * here / shards
     moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
     moment = max(moments, key=lambda name: moments[name])
     fixed = (e * here, 4 * here, optimizer_bytes_per_parameter(config) * here / shards)

@@ -90,7 +90,7 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
 
 
 def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
-    """Return a layer's spec with our norm in all of its places; Transformer Engine's layers have their own."""
+    """Return a layer's spec with our norm in all of its places; Transformer Engine's has its own."""
     spec = layer_spec(config, mtp_depth)
     if config.compute.layers == Layers.transformer_engine:
         return spec

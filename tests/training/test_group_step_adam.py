@@ -4,10 +4,9 @@ import copy
 import sys
 import types
 
+import megatron.core.optimizer as megatron_optimizer
 import pytest
 import torch
-
-import megatron.core.optimizer as megatron_optimizer
 
 from phsa_megatron.config.errors import DeviceError
 from phsa_megatron.config.schema import Adam
