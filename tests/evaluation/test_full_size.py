@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -15,6 +16,7 @@ from phsa_megatron.evaluation.full_size.rows import (
     config_of,
     gates,
     overrides_of,
+    recipe_of,
     settings_to_try,
     without,
 )
@@ -61,6 +63,7 @@ def measured(name, tokens_per_s, mfu=0.3):
         "name": name, "attention": row.attention, "seq_len_tokens": row.seq_len_tokens, "topk": row.topk,
         "packed": row.packed, "recompute": "none", "micro_batch": 1, "num_documents": 4, "step_ms": 1000.0,
         "tokens_per_s": tokens_per_s, "mfu_selected_frac": mfu, "dense_equiv_tflops": 400.0,
+        "step_time_s": 1.0, "recipe": recipe_of(row), "overrides": overrides_of(row, Setting()),
         "peak_memory_gib": 50.0, "device": "GPU", "versions": {"torch": "2"}, "commit": "c" * 40,
     }  # fmt: skip
 
@@ -127,6 +130,7 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert "| phsa_k2_32k | none | 1 | 4 | 1,000.0 | 230 | 30.0% | 400 | 50.0 | 2.30 |" in text
     assert "| dense_128k | OutOfMemoryError: no |" in text
     assert "| tokens/s at 32k, k = 2, against dense | 2.2 | 2.7 | 2.300 | passed |" in text
+    assert re.search(r"\| dense_32k \| \d\.\d+ \| 1\.000 \| [+-]\d+\.\d% \| \d+\.\d \| 50\.0 \|", text)
     assert "| linear layers | 400.0 |" in text and "| SwiGLU | 1.0 | no |" in text
     assert "| phsa | 2 | 1.5000 | 1.5000 |" in text
     assert (tmp_path / "h100_training.png").stat().st_size > 1000

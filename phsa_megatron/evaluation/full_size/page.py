@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from phsa_megatron.config.planning.compare import TOLERANCE_FRAC, compare
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.evaluation.full_size.rows import gates
 
@@ -50,7 +51,7 @@ def write_page(folder: Path) -> Path:
     if rows:
         text += [*_rows_section(rows), ""]
         _plot_rows(rows, folder / "h100_training.png")
-        text += ["![tokens per second by sequence length](h100_training.png)", ""]
+        text += ["![tokens per second by sequence length](h100_training.png)", "", *_plan_section(rows), ""]
     if profiles:
         text += [*_profile_section(profiles), ""]
     if ops:
@@ -102,6 +103,29 @@ def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
     for gate in gates(rows):
         value = "-" if gate.value is None else f"{gate.value:.3f}"
         lines.append(f"| {gate.name} | {gate.least} | {gate.goal} | {value} | {gate.verdict} |")
+    return lines
+
+
+def _plan_section(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what `phsa-train plan` predicts for the rows that were measured."""
+    lines = [
+        "## What the plan predicts",
+        "",
+        f"`phsa-train plan --compare docs/results/{ROWS_FILE}`: nothing in [the plan](../plan.md) is fitted "
+        f"to these rows; the tolerance is {TOLERANCE_FRAC:.0%}.",
+        "",
+        "| row | s/step | measured | off by | GiB | measured | off by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            continue
+        found = compare(row)
+        lines.append(
+            f"| {row['name']} | {found.predicted_step_s:.3f} | {found.measured_step_s:.3f} "
+            f"| {found.step_error_frac:+.1%} | {found.predicted_gib:.1f} | {found.measured_gib:.1f} "
+            f"| {found.memory_error_frac:+.1%} |"
+        )
     return lines
 
 
