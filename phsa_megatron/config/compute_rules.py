@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from phsa_megatron.config.rule_messages import Rule, broken
 from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Recompute, TrainConfig
+from phsa_megatron.config.selector_kinds import learned_selector
 
 
 def _chunked_loss(config: TrainConfig) -> Iterator[str]:
@@ -68,6 +69,14 @@ def _transformer_engine(config: TrainConfig) -> Iterator[str]:
             config.compute.layers,
             "Transformer Engine needs a GPU (cluster.device=cpu)",
             "set compute.layers=local, or cluster.device=cuda",
+        )
+    elif config.compute.layers == Layers.transformer_engine and learned_selector(config.attention):
+        yield broken(
+            "compute.layers",
+            config.compute.layers,
+            f"attention.selector={config.attention.selector} reads the layer's input after its norm, which "
+            "Transformer Engine has inside a product",
+            "set compute.layers=local",
         )
 
 
