@@ -12,6 +12,7 @@ alone, in several implementations), page. Further KEY=VALUE settings go to every
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import time
@@ -283,7 +284,10 @@ def main(argv: list[str]) -> int:
     if "curves" in arguments.parts:
         measurement.curves(arguments.curve_steps)
     if "page" in arguments.parts:
-        page.write_page(arguments.out)
+        if importlib.util.find_spec("matplotlib") is None:
+            print(f"no matplotlib here: make the page elsewhere, with --out {arguments.out} --parts page")
+        else:
+            page.write_page(arguments.out)
     return 0
 
 

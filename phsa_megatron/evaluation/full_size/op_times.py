@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from phsa_megatron.model.fused_rotary import rotate, rotate_compiled
+
 TOKENS = 32768
 SHAPES = {"norm of the residual stream": (TOKENS, 1024), "norm of heads": (TOKENS * 16, 128)}
 
@@ -51,6 +53,7 @@ def _candidates(
         yield (operation, "compiled"), (torch.compile(plain), inputs)
         if liger:
             yield (operation, "Liger"), (_liger_norm, inputs)
+    yield from _head_norm_and_rotation(device)
     rows = TOKENS if device == "cuda" else TOKENS // 1024
     wide = [_random(rows, 2 * 3072, device)]
 
@@ -62,6 +65,26 @@ def _candidates(
     yield ("SwiGLU", "compiled"), (torch.compile(swiglu), wide)
     if liger:
         yield ("SwiGLU", "Liger"), (_liger_swiglu, wide)
+
+
+def _head_norm_and_rotation(
+    device: str,
+) -> Iterator[tuple[tuple[str, str], tuple[Callable[..., Tensor], list[Tensor]]]]:
+    """Yield queries through their norm and RoPE: one after the other, and as one compiled function."""
+    tokens = TOKENS if device == "cuda" else TOKENS // 1024
+    queries = torch.randn(tokens, 1, 16, 128, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.ones(128, device=device, dtype=torch.bfloat16).requires_grad_()
+    half = torch.rand(tokens, 1, 1, 64, device=device)
+    cos, sin, freqs = half.cos(), half.sin(), torch.cat((half, half), dim=-1)
+
+    def apart(x: Tensor, scale: Tensor) -> Tensor:
+        return rotate_compiled(rms_norm(x, scale.shape, scale, 1e-6), freqs)
+
+    def together(x: Tensor, scale: Tensor) -> Tensor:
+        return rotate(rms_norm(x.float(), scale.shape, scale.float(), 1e-6), cos, sin).to(x.dtype)
+
+    yield ("norm of heads and RoPE", "torch"), (apart, [queries, weight])
+    yield ("norm of heads and RoPE", "compiled"), (torch.compile(together), [queries, weight])
 
 
 def _liger_norm(x: Tensor, weight: Tensor) -> Tensor:

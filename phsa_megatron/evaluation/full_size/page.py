@@ -7,9 +7,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from phsa_megatron.config.planning.compare import TOLERANCE_FRAC, compare
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.evaluation.full_size.rows import gates
@@ -176,8 +173,15 @@ def _curves_section(curves: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _figure() -> Any:
+    # Imported here: a machine that only measures may have no matplotlib.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.2, 4.2), layout="constrained")
+
+
 def _plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot()
     shown = [r for r in rows if "failed" not in r and not r["packed"]]
     for label in dict.fromkeys((r["attention"], r["topk"]) for r in shown):
@@ -199,7 +203,7 @@ def _plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_curves(curves: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = _figure()
     axes = figure.add_subplot()
     for name, losses in curves.items():
         axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1)
@@ -209,6 +213,8 @@ def _plot_curves(curves: dict[str, list[float]], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120, metadata={"Software": ""})
