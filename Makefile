@@ -38,11 +38,12 @@ slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, se
 slurm: $(READY) ## every test on a real Slurm of four nodes (installs one; root)
 	bash .ci/slurm_leg "slurm or not slurm"
 
-lint: $(READY) ## format, style, types and import rules
+lint: $(READY) ## format, style, types, import rules and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 verify: $(READY) ## prove that resume is exact, to the last bit
 	$(BIN)/phsa-train prepare-demo

@@ -325,6 +325,10 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "train and evaluate attentions under equal budgets", _elsewhere("phsa_megatron.evaluation.compare")
     ),
+    "measure-training": Command(
+        "measure whole training steps at full size on one GPU",
+        _in_megatron("phsa_megatron.evaluation.full_size.command"),
+    ),
     "selector-study": Command(
         "needles and attention mass of every selector on SmolLM2-135M",
         _in_megatron("phsa_megatron.evaluation.selector_study"),

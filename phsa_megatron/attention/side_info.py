@@ -107,6 +107,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         layer_topk: tuple[int, ...] = (),
         is_dense: bool = False,
         losses: AddedLosses | None = None,
+        host_cu_seqlens: Tensor | None = None,
     ) -> SideInfo:
         """Return the side information of one micro-batch. Every pipeline stage builds its own.
 
@@ -120,6 +121,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             layer_topk: k of each layer of the main stack, if they differ.
             is_dense: full causal attention in every layer.
             losses: collects added losses, or None.
+            host_cu_seqlens: the same as `cu_seqlens` on the CPU, so that dense attention need not fetch it.
 
         Raises:
             ValueError: a shape or dtype is wrong.
@@ -138,6 +140,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             # On a GPU this would wait for the device; there the data room's own test has to do.
             _check_boundaries(cu_seqlens, *token_ids.shape)
         is_punctuation = table.is_punctuation[token_ids]
+        known = {} if host_cu_seqlens is None else {"host_cu_seqlens": host_cu_seqlens}
         return cls(
             **_row_fields(token_ids.shape[1]),
             token_ids=token_ids,
@@ -150,6 +153,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             is_dense=is_dense,
             recorder=recorder,
             losses=losses,
+            _memo=known,
         )
 
     def topk_of(self, layer_number: int) -> int:
@@ -163,12 +167,12 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     def document_bounds(self) -> list[tuple[int, int]]:
         """Return (first, past the last) flattened token of every document that has any, on the host.
 
-        On a GPU the first call of a micro-batch waits for the device. Dense attention needs it, PHSA does
-        not.
+        On a GPU the first call of a micro-batch waits for the device, unless `build` was given a copy on the
+        host. Dense attention needs it, PHSA does not.
         """
 
         def read() -> list[tuple[int, int]]:
-            bounds = self.cu_seqlens.tolist()
+            bounds = self.once("host_cu_seqlens", lambda: self.cu_seqlens).tolist()
             return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
 
         return self.once("document_bounds", read)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phsa_megatron.config.flops import is_dense
-from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, Recompute, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Dtype, Elementwise, KernelImpl, Recompute, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerActivations:
         outside: norms, projections, RoPE tables and the MLP: recomputed with the whole layer only.
         core_inputs: queries, keys and values of the core attention after RoPE.
         core: what the core attention alone keeps: output, log-sum-exp, chosen blocks and their unions.
+        mlp: of `outside`, what the MLP keeps beyond its input.
         gathered_kv: keys and values of all context-parallel processes; 0 without context parallelism.
         layer_input: the residual stream that enters the layer.
     """
@@ -29,6 +30,7 @@ class LayerActivations:
     outside: float
     core_inputs: float
     core: float
+    mlp: float
     gathered_kv: float
     layer_input: float
 
@@ -44,8 +46,17 @@ class LayerActivations:
                 return self.everything
             case Recompute.selective:
                 return self.outside + self.core_inputs
+            case Recompute.mlp:
+                return self.everything - self.mlp
             case Recompute.full:
                 return self.layer_input
+
+    def kept_by(self, layers: float, recompute: Recompute, recompute_layers: float | None) -> float:
+        """Return what so many layers keep, the first `recompute_layers` being recomputed; None is all."""
+        if recompute_layers is None:
+            return layers * self.kept(recompute)
+        again = min(layers, recompute_layers)
+        return again * self.kept(recompute) + (layers - again) * self.everything
 
     def recomputed(self, recompute: Recompute) -> float:
         """Return what the backward pass of one layer makes again before it starts."""
@@ -54,6 +65,8 @@ class LayerActivations:
                 return 0.0
             case Recompute.selective:
                 return self.core + self.gathered_kv
+            case Recompute.mlp:
+                return self.mlp
             case Recompute.full:
                 return self.everything + self.gathered_kv
 
@@ -104,16 +117,21 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
         # The queries before their norm are a copy, unless they lie in one piece.
         one_piece = model.num_kv_heads == parallel.tensor_size or model.num_query_heads == model.num_kv_heads
         outside += t * ((0 if one_piece else q * e) + 4 * heads)
-    outside += t / config.optim.micro_batch_sequences * 4 * model.head_dim * e  # cosines and sines, q and k
+    compiled = config.compute.elementwise == Elementwise.compiled
+    if not compiled:  # a compiled RoPE keeps cosines and sines that all layers share
+        outside += t / config.optim.micro_batch_sequences * 4 * model.head_dim * e  # of q and of k
     outside += t * e * q  # the input of the output projection
-    outside += t * e * 5 * model.ffn_hidden_size / parallel.tensor_size  # gate and up, silu, up, product
+    # Gate and up, and their product; unfused also silu of the gate, and up once more.
+    mlp = t * e * (3 if compiled else 5) * model.ffn_hidden_size / parallel.tensor_size
+    outside += mlp
     # Under context parallelism the core attention reads the gathered keys and values. Selective
     # recomputation keeps its inputs, which are then the process's own.
     own_keys = kv if selective or not context else 0
     own_values = kv if many_rows and not selective and not context else 0
     inputs = t * e * (q + own_keys + own_values)
     gathered = t * parallel.context_size * e * 2 * kv if context else 0.0
-    return LayerActivations(outside, inputs, _core_bytes(config, t, q, e), gathered, t * residual * e)
+    core = _core_bytes(config, t, q, e)
+    return LayerActivations(outside, inputs, core, mlp, gathered, t * residual * e)
 
 
 def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
@@ -121,7 +139,10 @@ def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
     length = config.data.seq_len_tokens
     lse = 4 * model.num_query_heads / tensor_size
     if attention.kind == AttentionKind.dense:
-        return t * (q * e + lse)
+        # The output of one row is a view of what the projection reads; of several, and of the pieces that
+        # context parallelism makes, it is put together anew.
+        pieces = config.optim.micro_batch_sequences > 1 or config.parallel.context_size > 1
+        return t * ((q * e if pieces else 0) + lse)
     if attention.impl == KernelImpl.reference:
         # fp32 scores and probabilities of what is attended to or masked: rough, and too much for long texts.
         pairs = 0.0 if is_dense(length, attention) else (length + 1) / 2

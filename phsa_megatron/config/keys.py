@@ -19,7 +19,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from phsa_megatron.config import schema, schema_attention, schema_cluster, schema_health, schema_monitoring
+from phsa_megatron.config import (
+    schema,
+    schema_attention,
+    schema_cluster,
+    schema_compute,
+    schema_health,
+    schema_monitoring,
+)
 
 _UNITS = {
     "tokens": "tokens",
@@ -266,7 +273,14 @@ def _docs() -> dict[str, dict[str, str]]:
     docs: dict[str, dict[str, str]] = {}
     sources = (
         ast.parse(inspect.getsource(module))
-        for module in (schema_cluster, schema, schema_attention, schema_health, schema_monitoring)
+        for module in (
+            schema_cluster,
+            schema,
+            schema_attention,
+            schema_compute,
+            schema_health,
+            schema_monitoring,
+        )
     )
     for node in (statement for source in sources for statement in source.body):
         if not isinstance(node, ast.ClassDef):

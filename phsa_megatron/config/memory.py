@@ -19,7 +19,7 @@ from phsa_megatron.config.activations import (
 )
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.learned_weights import learned_weights
-from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Device, Dtype, KernelImpl, Loss, Recompute, TrainConfig
 
 _GIB = 1 << 30
 
@@ -144,31 +144,38 @@ def stage_memory(
     last = stage == parallel.pipeline_size - 1
     chunk_layers = model.num_layers / (parallel.pipeline_size * (parallel.virtual_pipeline_size or 1))
     layers = chunks_in_flight(config, micro_batches, stage) * chunk_layers
-    kept, gathered, final = layers * layer.kept(parallel.recompute), 0.0, 0.0
-    if layer.recomputed(parallel.recompute) == 0:
+    again = None if parallel.recompute_layers is None else layers / chunk_layers * parallel.recompute_layers
+    kept, gathered, final = layer.kept_by(layers, parallel.recompute, again), 0.0, 0.0
+    if parallel.recompute in (Recompute.none, Recompute.mlp):
         gathered = layers * layer.gathered_kv
     logits = tied_gradient = 0.0
     if not last:
         # What a stage sends stays until its gradient arrives.
         kept += layers / chunk_layers * layer.layer_input
     if last:
-        # The final norm: its input, its output and one fp32 a row.
-        final = own_tokens(config) * residual_width(config) * (2 * e + 4 / model.hidden_size)
+        # The final norm: its input, one fp32 a row, and its output, unless that went into the loss.
+        copies = 1 if config.compute.loss == Loss.chunked else 2
+        final = own_tokens(config) * residual_width(config) * (copies * e + 4 / model.hidden_size)
         kept += final
         # A depth keeps its layer, its embedding, both joined, and its own final norm and softmax.
         depth = layer.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
         softmax = 4 * own_tokens(config) * padded_vocab / parallel.tensor_size
         kept += model.mtp_num_layers * (depth + softmax)
         logits = softmax + own_tokens(config) * padded_vocab / parallel.tensor_size * e
+        if config.compute.loss == Loss.chunked:
+            logits = chunked_loss_bytes(config, padded_vocab)
     pooled, workspace = _pooled_keys_bytes(config), kernel_workspace_bytes(config)
     recomputed = layer.recomputed(parallel.recompute)
     loss = max(logits, logits / (4 + e) * e + _output_gradient_bytes(config, padded_vocab)) if last else 0.0
+    if last and config.compute.loss == Loss.chunked:
+        loss = logits
     if last and stage == 0 and model.tie_embeddings:
         # The output layer's part of the gradient waits for that of the embedding.
         tied_gradient = e * padded_vocab * model.hidden_size / parallel.tensor_size
     in_layer = recomputed + max(_mlp_backward_bytes(config), _attention_bytes(config, pooled, workspace))
     in_layer = max(0.0, in_layer + tied_gradient - final)
-    optimizer_step = 4 * here / shards  # the square roots of the second moments, all at once
+    # torch's multi-tensor Adam has the square roots of the second moments all at once; fused ones have none.
+    optimizer_step = 0.0 if config.cluster.device == Device.cuda else 4 * here / shards
     moments = {"loss": loss, "layer": in_layer, "optimizer": max(0.0, optimizer_step - kept - gathered)}
     moment = max(moments, key=lambda name: moments[name])
     fixed = (e * here, 4 * here, optimizer_bytes_per_parameter(config) * here / shards)
@@ -188,6 +195,20 @@ def stage_memory(
         moment=moment,
         pipeline_stage=stage,
     )
+
+
+def chunked_loss_bytes(config: TrainConfig, padded_vocab: int) -> float:
+    """Return what a loss in chunks takes.
+
+    That is the fp32 gradient of the output weight, the gradient of the hidden states, and the larger of the
+    hidden states with a chunk's logits and their gradients, and of both gradients as they are handed on.
+    """
+    model, e, tokens = config.model, element_bytes(config), own_tokens(config)
+    rows = padded_vocab / config.parallel.tensor_size
+    hidden = e * tokens * model.hidden_size
+    chunk = min(config.compute.loss_chunk_tokens, tokens) * rows * 2 * e
+    handed_on = e * rows * model.hidden_size
+    return 4 * rows * model.hidden_size + 2 * hidden + max(chunk, handed_on)
 
 
 def kernel_workspace_bytes(config: TrainConfig) -> float:

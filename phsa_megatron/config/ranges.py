@@ -88,6 +88,8 @@ RANGES: dict[str, Range] = {
     "parallel.context_node_size": _FROM_ONE,
     "parallel.expert_size": _FROM_ONE,
     "parallel.virtual_pipeline_size": Range(2),
+    "parallel.recompute_layers": _FROM_ONE,
+    "compute.loss_chunk_tokens": _FROM_ONE,
     "optim.global_batch_sequences": _FROM_ONE,
     "optim.micro_batch_sequences": _FROM_ONE,
     "optim.lr": _POSITIVE,

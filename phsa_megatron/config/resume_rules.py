@@ -137,6 +137,14 @@ RULES: dict[str, ResumeRule] = {
     "parallel.overlap_grad_reduce": _LAYOUT,
     "parallel.overlap_param_gather": _LAYOUT,
     "parallel.recompute": _ROUNDING,
+    "parallel.recompute_layers": _ROUNDING,
+    "compute.loss": _ROUNDING,
+    "compute.loss_chunk_tokens": _ROUNDING,
+    "compute.elementwise": _ROUNDING,
+    "compute.adam": _ROUNDING,
+    "compute.fused_weight_gradient": _ROUNDING,
+    "compute.layers": ResumeRule(False, "the norms' weights have other names in the checkpoint"),
+    "compute.fp8": ResumeRule(True, "products are rounded to FP8 from the next step on, or no longer"),
     "optim.global_batch_sequences": ResumeRule(
         True,
         "the data goes on after the sequences consumed so far, none repeated or left out; the learning-rate "

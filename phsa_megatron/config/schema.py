@@ -22,6 +22,12 @@ from phsa_megatron.config.schema_attention import TopkSchedule as TopkSchedule
 from phsa_megatron.config.schema_cluster import ClusterConfig as ClusterConfig
 from phsa_megatron.config.schema_cluster import Device as Device
 from phsa_megatron.config.schema_cluster import Scheduler as Scheduler
+from phsa_megatron.config.schema_compute import Adam as Adam
+from phsa_megatron.config.schema_compute import ComputeConfig as ComputeConfig
+from phsa_megatron.config.schema_compute import Elementwise as Elementwise
+from phsa_megatron.config.schema_compute import Fp8 as Fp8
+from phsa_megatron.config.schema_compute import Layers as Layers
+from phsa_megatron.config.schema_compute import Loss as Loss
 from phsa_megatron.config.schema_health import HealthConfig
 from phsa_megatron.config.schema_monitoring import AlertsConfig as AlertsConfig
 from phsa_megatron.config.schema_monitoring import MonitoringConfig as MonitoringConfig
@@ -45,10 +51,11 @@ class LrSchedule(StrEnum):
 
 
 class Recompute(StrEnum):
-    """Activation recomputation: none, the core attention only, or whole layers."""
+    """Activation recomputation: none, the core attention only, the MLP only, or whole layers."""
 
     none = "none"
     selective = "selective"
+    mlp = "mlp"
     full = "full"
 
 
@@ -205,6 +212,9 @@ class ParallelConfig:
     """Gather updated weights during the next forward pass; needs the distributed optimizer."""
     recompute: Recompute = Recompute.none
     """Activation recomputation."""
+    recompute_layers: int | None = None
+    """With recompute=full, how many layers of a model chunk are recomputed, from the first on, while the
+    others keep everything; null is all of them."""
 
 
 @dataclass
@@ -273,6 +283,7 @@ class TrainConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

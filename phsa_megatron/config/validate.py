@@ -1,8 +1,9 @@
 """Every rule between settings, one small function each, and one message for all that are broken.
 
 A rule yields messages made by `broken`: field, value, rule and fix. Rules of the layout are in
-`parallel_rules.py`, of the attention in `attention_rules.py`, of the cluster in `validate_cluster.py`, ranges
-of single numbers in `ranges.py`; types and names are checked earlier, by the schema.
+`parallel_rules.py`, of the attention in `attention_rules.py`, of `compute` in `compute_rules.py`, of the
+cluster in `validate_cluster.py`, ranges of single numbers in `ranges.py`; types and names are checked
+earlier, by the schema.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from phsa_megatron.config import keys
 from phsa_megatron.config.attention_rules import ATTENTION_RULES
+from phsa_megatron.config.compute_rules import COMPUTE_RULES
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.parallel_rules import PARALLEL_RULES
 from phsa_megatron.config.ranges import RANGES
@@ -187,6 +189,7 @@ RULES: tuple[Rule, ...] = (
     _sources,
     _validation_text,
     *PARALLEL_RULES,
+    *COMPUTE_RULES,
     _device_and_impl,
     _schedule_lengths,
     _warmup,

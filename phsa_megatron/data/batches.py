@@ -6,7 +6,7 @@ Shapes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class Batch:
     pieces: list[tuple[Piece, ...]]
     num_overflow_tokens: int
     document_tokens: list[int]
+
+    def pinned(self) -> Batch:
+        """Return the same batch in memory that a GPU copies from without a pause."""
+        tensors = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in tensors})
 
 
 @dataclass(frozen=True)

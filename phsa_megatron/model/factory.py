@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.flops import padded_vocab_size
-from phsa_megatron.config.schema import ContextSharding, Dtype, TrainConfig
+from phsa_megatron.config.schema import ContextSharding, Dtype, Layers, Loss, TrainConfig
+from phsa_megatron.model.chunked_loss import ChunkedLossGPT
 from phsa_megatron.model.experts import draw_expert_weights, random_numbers_of_experts_apart
 from phsa_megatron.model.norm import RMSNorm
 from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
@@ -53,8 +54,9 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
         prediction = mtp_block_spec(
             megatron_config, lambda depth: _layer(config, depth), norm=RMSNorm, vp_stage=vp_stage
         )
+    chunked = config.compute.loss == Loss.chunked
     with random_numbers_of_experts_apart():
-        gpt = GPTModel(
+        gpt = (ChunkedLossGPT if chunked else GPTModel)(
             config=megatron_config,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(model, config.parallel.tensor_size),
@@ -68,6 +70,8 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+    if chunked:
+        gpt.loss_chunk_tokens = config.compute.loss_chunk_tokens
     if config.parallel.context_size > 1 and config.parallel.context_sharding == ContextSharding.contiguous:
         gpt.rotary_pos_emb = ContiguousRotaryEmbedding(
             kv_channels=model.head_dim,
@@ -86,8 +90,10 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
 
 
 def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
-    """Return a layer's spec with our norm in all of its places."""
+    """Return a layer's spec with our norm in all of its places; Transformer Engine's has its own."""
     spec = layer_spec(config, mtp_depth)
+    if config.compute.layers == Layers.transformer_engine:
+        return spec
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     if config.model.qk_norm:
         heads = spec.submodules.self_attention.submodules

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from phsa_megatron.config.schema import Dtype, Recompute, TrainConfig
-from phsa_megatron.parallel.mcore import balancing_loss_factor
+from phsa_megatron.config.schema import Dtype, Elementwise, Fp8, Recompute, TrainConfig
+from phsa_megatron.model.fused_rotary import rotate_compiled
+from phsa_megatron.parallel.mcore import balancing_loss_factor, install_fused_rotation
+from phsa_megatron.parallel.optional_libraries import required
 
 _TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     Recompute.none: {},
     Recompute.selective: {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    Recompute.mlp: {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     Recompute.full: {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -22,16 +25,8 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     },
 }
 
-# These need Transformer Engine, apex or a compiler; the layers here are megatron's local ones, which have
-# none.
-_NO_FUSION = {
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-}
+# Parts that the model does not have: no softmax, no bias and no dropout of megatron's, and another norm.
+_UNUSED_FUSION = {"masked_softmax_fusion": False, "bias_dropout_fusion": False, "persist_layer_norm": False}
 
 
 def transformer_config(config: TrainConfig) -> TransformerConfig:
@@ -73,9 +68,41 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         **_experts(config),
         **_virtual_stages(parallel.virtual_pipeline_size),
-        **_RECOMPUTE[parallel.recompute],
-        **_NO_FUSION,
+        **recompute_settings(config),
+        **_fusion(config),
+        **_fp8(config),
+        **_UNUSED_FUSION,
     )
+
+
+def recompute_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields of megatron's configuration that say what the backward pass computes again."""
+    parallel = config.parallel
+    settings = _RECOMPUTE[parallel.recompute]
+    if parallel.recompute_layers is None:
+        return settings
+    return settings | {"recompute_method": "block", "recompute_num_layers": parallel.recompute_layers}
+
+
+def _fp8(config: TrainConfig) -> dict[str, Any]:
+    # Forward in e4m3, gradients in e5m2: "hybrid". The rules ask for Transformer Engine's layers.
+    recipe = config.compute.fp8
+    return {} if recipe == Fp8.none else {"fp8": "hybrid", "fp8_recipe": recipe.value}
+
+
+def _fusion(config: TrainConfig) -> dict[str, Any]:
+    compiled = config.compute.elementwise == Elementwise.compiled
+    if compiled:
+        # Megatron asks, when it is configured, whether there is a fused rotation.
+        install_fused_rotation(rotate_compiled)
+    if config.compute.fused_weight_gradient:
+        setting = "compute.fused_weight_gradient=true"
+        required(setting, "fused_weight_gradient_mlp_cuda", instead="compute.fused_weight_gradient=false")
+    return {
+        "bias_activation_fusion": compiled,
+        "apply_rope_fusion": compiled,
+        "gradient_accumulation_fusion": config.compute.fused_weight_gradient,
+    }
 
 
 def _experts(config: TrainConfig) -> dict[str, Any]:

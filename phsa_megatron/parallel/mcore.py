@@ -145,6 +145,19 @@ def prepare_experts() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
+def install_fused_rotation(rotate: Callable[..., Tensor]) -> None:
+    """Give megatron the function that `apply_rope_fusion` calls, where there is no Transformer Engine's.
+
+    Args:
+        rotate: takes queries or keys [S, b, heads, D], angles [S, 1, 1, D] and `interleaved`.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    module: Any = rope_utils
+    if module.fused_apply_rotary_pos_emb is None:
+        module.fused_apply_rotary_pos_emb = rotate
+
+
 def balancing_loss_factor(num_sharing: int) -> int:
     """Return what the weight of the experts' balancing loss is multiplied by.
 

@@ -13,8 +13,16 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from torch.optim.adamw import adamw
+
+from phsa_megatron.config.schema import Adam
+from phsa_megatron.parallel.optional_libraries import required
+
+_IMPORTED: Any = megatron_optimizer.Adam
+_FELL_BACK: bool = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+"""Whether megatron found neither Transformer Engine nor apex when it was imported."""
+_LIBRARY = {Adam.apex: "apex.optimizers", Adam.transformer_engine: "transformer_engine.pytorch.optimizers"}
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -59,14 +67,20 @@ class GroupStepAdam(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             states = [self._state_of(p) for p in params]
             steps_before = group.get("step", 0)
+            fused = bool(params) and all(p.is_cuda for p in params)
+            # torch counts up in place, one tensor a parameter; the fused kernel wants them on its device.
+            steps = torch.full(
+                (len(params),), float(steps_before), device=params[0].device if fused else "cpu"
+            )
             adamw(
                 params,
                 [p.grad for p in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                # torch counts up in place, one tensor a parameter.
-                [torch.tensor(float(steps_before)) for _ in params],
+                list(steps.unbind()),
+                # On the CPU as ever: results of earlier runs are kept to the bit.
+                fused=fused or None,
                 amsgrad=False,
                 maximize=False,
                 lr=group["lr"],
@@ -86,19 +100,42 @@ class GroupStepAdam(torch.optim.Optimizer):
         return state
 
 
-def install() -> bool:
-    """Makes megatron-core use GroupStepAdam where it would fall back to torch's AdamW.
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
+) -> tuple[torch.Tensor, None]:
+    """Returns the norm of all tensors, fp32 [1]; megatron's own function waits for the device at each."""
+    norms = torch.stack(torch._foreach_norm([tensor for tensors in lists for tensor in tensors]))
+    return torch.linalg.vector_norm(norms).reshape(1), None
 
-    Returns whether it is in use: false where Transformer Engine or apex is installed, whose FusedAdam stays.
+
+def _scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float) -> None:
+    """Scales tensors in place, all at once."""
+    source, target = lists
+    if any(a.data_ptr() != b.data_ptr() for a, b in zip(source, target, strict=True)):
+        raise ValueError("gradients are clipped in place; source and target differ")
+    torch._foreach_mul_(target, scale)
+
+
+def install(adam: Adam = Adam.auto) -> type:
+    """Makes megatron-core use the AdamW that a recipe asks for, and returns its class.
+
+    Megatron chooses when it is imported: Transformer Engine's, else apex's, else torch's. With `auto` that
+    choice stays, but for torch's, in whose place GroupStepAdam comes.
+
+    Raises:
+        DeviceError: a library is asked for by name and absent.
     """
-    if megatron_optimizer.Adam is GroupStepAdam:
-        return True
-    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        return False
-    megatron_optimizer.Adam = GroupStepAdam
+    if adam in _LIBRARY:
+        setting = f"compute.adam={adam}"
+        chosen: type = required(setting, _LIBRARY[adam], "FusedAdam", instead="compute.adam=torch")
+    else:
+        chosen = GroupStepAdam if adam == Adam.torch or _FELL_BACK else _IMPORTED
+    if _FELL_BACK and torch.cuda.is_available():
+        clip_grads.l2_norm_impl = _l2_norm
+        clip_grads.multi_tensor_scale_impl = _scale
+    megatron_optimizer.Adam = distrib_optimizer.Adam = chosen
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    # These three send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
-    distrib_optimizer.Adam = GroupStepAdam
+    # These send DistributedOptimizer down its FusedAdam paths, which keep `step` in the group.
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
-    return True
+    return chosen

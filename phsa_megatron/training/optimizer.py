@@ -79,6 +79,21 @@ class Parts:
         self.optimizer.zero_grad()
 
     @contextmanager
+    def known_norm(self, grad_norm: float, *, count_zeros: bool) -> Iterator[None]:
+        """Lets the optimizer's step clip by a norm that is known already, instead of measuring it again.
+
+        Args:
+            grad_norm: global L2 norm of the prepared gradients.
+            count_zeros: also count the gradient elements that are zero: two launches for every parameter.
+        """
+        self.optimizer.config.log_num_zeros_in_grad = count_zeros
+        self.optimizer.get_grad_norm = lambda: grad_norm  # hides the method
+        try:
+            yield
+        finally:
+            del self.optimizer.get_grad_norm
+
+    @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
         """Holds all weights up to date, outside of a training step.
 
@@ -99,7 +114,7 @@ class Parts:
 
 def build_parts(config: TrainConfig, groups: Groups) -> Parts:
     """Builds the model, wraps it, and gives it an optimizer and a schedule, all at step zero."""
-    group_step_adam.install()
+    group_step_adam.install(config.compute.adam)
     chunks = build_model(config, groups)
     for chunk in chunks:
         if not chunk.config.calculate_per_token_loss:

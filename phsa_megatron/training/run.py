@@ -235,7 +235,8 @@ def read_ahead(run: Run) -> Iterator[Prefetcher[int, list[Batch]]]:
         starts = micro_batch_starts(run.config, run.groups, consumed + (step - first_step) * batch)
         batches = [run.train_reader.micro_batch(first, size) for first in starts]
         run.meter.count_ahead(batches, step)
-        return batches
+        # From ordinary memory a copy to the device would first wait for all that the device has to do.
+        return [batch.pinned() for batch in batches] if run.groups.device.type == "cuda" else batches
 
     steps = range(first_step, run.config.run.train_steps + 1)
     with Prefetcher(read, steps, depth=2, poll=_give_up_waiting) as prefetcher:

@@ -39,7 +39,7 @@ class StepResult:
     grad_norm: float
     """Global L2 norm of the gradient, before clipping."""
     num_zeros: int
-    """Gradient elements that are exactly zero, after clipping."""
+    """Gradient elements that are exactly zero, after clipping; 0 in a step that is not recorded."""
     lr: float
     """Learning rate of the update."""
     num_tokens: int
@@ -193,6 +193,7 @@ class ForwardStep:
             self.layer_topk,
             self.is_dense,
             self.losses,
+            host_cu_seqlens=batch.cu_seqlens,
         )
         num_depths = self.config.model.mtp_num_layers
         output = model(
@@ -298,12 +299,13 @@ def train_step(
         raise NonFiniteStepError(
             step, loss_nats, grad_norm, _bad_parameters(parts), _bad_sequences(parts, rows, state)
         )
-    # Prepares and measures once more, a pass over the gradients: cheaper than owning a copy of its clipping.
-    _, _, num_zeros = parts.optimizer.step()
+    recorded = step % parts.config.monitoring.log_every_steps == 0 or step == parts.config.run.train_steps
+    with parts.known_norm(grad_norm, count_zeros=recorded):
+        _, _, num_zeros = parts.optimizer.step()
     state.step = step
     state.consumed_sequences = consumed
     state.consumed_tokens += num_tokens
-    return StepResult(loss_nats, grad_norm, int(num_zeros), lr, num_tokens, added, tuple(rows))
+    return StepResult(loss_nats, grad_norm, int(num_zeros or 0), lr, num_tokens, added, tuple(rows))
 
 
 def mean_loss(parts: Parts, rows: list[Tensor]) -> tuple[float, int]:

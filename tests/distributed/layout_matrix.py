@@ -14,6 +14,7 @@ from phsa_megatron.config.schema import (
     ContextExchange,
     ContextSharding,
     Dtype,
+    Loss,
     Recompute,
     Selector,
 )
@@ -34,6 +35,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"model__tie_embeddings": True},
     "dense": {"attention__kind": AttentionKind.dense},
     "bf16": {"run__dtype": Dtype.bf16},
+    "chunked": {
+        "compute__loss": Loss.chunked,
+        "compute__loss_chunk_tokens": 24,
+        "model__tie_embeddings": True,
+    },
     "experts": {"model__num_experts": 8, "model__expert_topk": 3, "model__expert_balance_coeff": 0.1},
     "nsa": _NSA,
     "indexer": {"attention__selector": Selector.indexer, "attention__mean_weight_frac": 1.0},
@@ -54,6 +60,7 @@ NODES = {"parallel__context_node_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
     "tp2_sp": (2, TP2 | SP),
+    "tp2_sp_mlp": (2, TP2 | SP | {"parallel__recompute": Recompute.mlp}),
     "pp2": (2, PP2),
     "pp2_vpp2": (2, PP2 | VPP2),
     "dp2": (2, {}),
@@ -100,6 +107,7 @@ CASES = [
     *((layout, "plain") for layout in LAYOUTS if layout not in BASIC and "_ep" not in layout),
     *((layout, "experts") for layout in ("pp2", "dp2", "cp2")),
     *((layout, "experts") for layout in LAYOUTS if "_ep" in layout),
+    *((layout, "chunked") for layout in ("tp2", "tp2_sp", "pp2", "dp2", "cp2", "tp2_cp2_sp")),
     ("cp2_pp2", "tied"),
     ("cp2", "tied_mtp"),
     ("cp4", "tied_mtp"),
@@ -129,6 +137,7 @@ _HEADINGS = {
     "tied_mtp": "PHSA, tied embeddings, multi-token prediction",
     "dense": "dense",
     "bf16": "PHSA, bf16",
+    "chunked": "PHSA, tied embeddings, loss in chunks",
     "experts": "PHSA, experts",
     "nsa": "NSA",
     "indexer": "block indexer",
@@ -138,7 +147,8 @@ _HEADINGS = {
 
 def passes(layout: str) -> int:
     """Return how often a layer's attention runs forward: recomputation runs it again."""
-    return 1 if LAYOUTS[layout][1].get("parallel__recompute", Recompute.none) == Recompute.none else 2
+    mode = LAYOUTS[layout][1].get("parallel__recompute", Recompute.none)
+    return 1 if mode in (Recompute.none, Recompute.mlp) else 2
 
 
 def table() -> str:

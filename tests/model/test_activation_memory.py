@@ -7,7 +7,7 @@ import pytest
 from phsa_megatron.config.activations import element_bytes, own_tokens
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.memory import stage_parameters
-from phsa_megatron.config.schema import AttentionKind, Dtype, KernelImpl, Recompute
+from phsa_megatron.config.schema import AttentionKind, Dtype, Elementwise, KernelImpl, Loss, Recompute
 from phsa_megatron.model.factory import build_model
 
 _GIB = 1 << 30
@@ -39,8 +39,45 @@ def test_activations_are_what_autograd_keeps(
     # Token ids, labels and their mask; with full recomputation the RoPE table, with selective its random
     # state.
     indices = 17 * tokens
-    extra = {Recompute.none: 0, Recompute.selective: 2 * 4, Recompute.full: 64 * 8 * 4}[recompute]
+    extra = {
+        Recompute.none: 0,
+        Recompute.selective: 2 * 4,
+        Recompute.mlp: 0,
+        Recompute.full: 64 * 8 * 4,
+    }[recompute]
     assert kept == pytest.approx((memory.activations_gib + softmax) * _GIB + indices + extra, rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("kind", list(AttentionKind))
+def test_activations_of_a_compiled_layer_and_a_chunked_loss(
+    tiny_config, single_process_groups, micro_batch, forward, kind, layers, rows
+):
+    """What is compiled on a GPU runs as it is here, and keeps the same."""
+    config = tiny_config(
+        run__dtype=Dtype.bf16,
+        attention__kind=kind,
+        attention__impl=KernelImpl.triton,
+        compute__loss=Loss.chunked,
+        compute__loss_chunk_tokens=16,
+        compute__elementwise=Elementwise.compiled,
+        parallel__recompute=Recompute.none if layers is None else Recompute.full,
+        parallel__recompute_layers=layers,
+        optim__micro_batch_sequences=rows,
+        optim__global_batch_sequences=rows,
+        run__train_steps=1,
+        optim__lr=1e-3,
+    )
+    (model,) = build_model(config, single_process_groups)
+    kept = forward(model, micro_batch([64 * i for i in range(rows + 1)], rows=rows), config).kept_bytes
+    memory, tokens, hidden = derive(config).memory, own_tokens(config), config.model.hidden_size
+    gradients = 4 * 112 * hidden + 2 * tokens * hidden
+    # Cosines and sines once for all layers, and the angles that the recomputed layer starts from.
+    table = 64 * (8 // 2) * 4 * 2 + (0 if layers is None else 64 * 8 * 4)
+    # The mask in the order of the hidden states, and token ids.
+    indices = (4 + 8) * tokens
+    assert kept == pytest.approx(memory.activations_gib * _GIB + gradients + table + indices, rel=1e-9)
 
 
 @pytest.mark.parametrize("tied", [True, False])

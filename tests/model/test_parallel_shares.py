@@ -19,7 +19,7 @@ from phsa_megatron.config.activations import element_bytes, own_tokens
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.memory import chunks_in_flight, stage_parameters
 from phsa_megatron.config.planning.communication import communication
-from phsa_megatron.config.schema import AttentionKind, KernelImpl, Recompute
+from phsa_megatron.config.schema import AttentionKind, KernelImpl, Loss, Recompute
 from phsa_megatron.model.factory import build_model
 from phsa_megatron.parallel import groups as groups_module
 
@@ -111,16 +111,23 @@ def test_activations_of_a_process_are_what_autograd_keeps(
     softmax = memory.logits_gib * 4 / (4 + element_bytes(config))
     counted = (memory.activations_gib + memory.gathered_kv_gib + softmax) * _GIB
     table = 4 * tokens * config.model.head_dim
-    extra = {Recompute.none: 0, Recompute.selective: 2 * 4, Recompute.full: table}[recompute]
+    extra = {Recompute.none: 0, Recompute.selective: 2 * 4, Recompute.mlp: 0, Recompute.full: table}[
+        recompute
+    ]
     # Token ids, labels and their mask; with vocabulary rows elsewhere also the mask of the embedding's ids.
     indices = (17 + (config.parallel.tensor_size > 1)) * tokens
     assert kept == pytest.approx(counted + indices + extra, rel=1e-9)
 
 
-@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize(
+    ("recompute", "loss"), [*((mode, Loss.whole) for mode in Recompute), (Recompute.none, Loss.chunked)]
+)
 @pytest.mark.parametrize("name", ["tp2", "tp2_sp", "cp2"])
-def test_bytes_sent_are_those_of_the_formulas(tiny_config, one_of, micro_batch, forward, name, recompute):
-    config = layout(tiny_config, parallel__recompute=recompute, **LAYOUTS[name])
+def test_bytes_sent_are_those_of_the_formulas(
+    tiny_config, one_of, micro_batch, forward, name, recompute, loss
+):
+    changes = LAYOUTS[name] | {"compute__loss": loss, "compute__loss_chunk_tokens": 24}
+    config = layout(tiny_config, parallel__recompute=recompute, **changes)
     groups = one_of(config)
     (model,) = build_model(config, groups)
     with SentBytes(config.parallel.tensor_size) as sent:

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
+import megatron.core.optimizer as megatron_optimizer
 import pytest
 import torch
 
+from phsa_megatron.config.errors import DeviceError
+from phsa_megatron.config.schema import Adam
+from phsa_megatron.training import group_step_adam
 from phsa_megatron.training.group_step_adam import GroupStepAdam
+from phsa_megatron.training.optimizer import build_parts
 
 
 def _weights(seed: int) -> list[torch.nn.Parameter]:
@@ -75,3 +82,56 @@ def test_a_parameter_without_gradient_stays():
 def test_what_it_cannot_do_is_refused(unsupported):
     with pytest.raises(ValueError, match=next(iter(unsupported))):
         GroupStepAdam(_weights(0), **unsupported)
+
+
+def test_norm_and_clipping_of_all_tensors_at_once_are_those_of_torch():
+    tensors = [torch.randn(5, 3), torch.randn(7)]
+    truth = torch.cat([t.double().flatten() for t in tensors])
+    norm, _ = group_step_adam._l2_norm(65536, torch.zeros(1), [tensors], False)
+    assert norm.shape == (1,) and norm.item() == pytest.approx(truth.norm().item(), rel=1e-6)
+    group_step_adam._scale(65536, torch.zeros(1), [tensors, tensors], 0.5)
+    assert torch.equal(torch.cat([t.flatten() for t in tensors]), (truth / 2).float())
+    with pytest.raises(ValueError, match="in place"):
+        group_step_adam._scale(65536, torch.zeros(1), [tensors, [t.clone() for t in tensors]], 0.5)
+
+
+class FusedAdam(GroupStepAdam):
+    """Stands for a library's."""
+
+
+@pytest.fixture
+def megatrons_choice():
+    """Puts back what `install` changed for later tests."""
+    yield
+    group_step_adam.install()
+
+
+@pytest.mark.parametrize(("adam", "name"), [(a, n) for a, n in group_step_adam._LIBRARY.items()])
+def test_a_library_that_is_asked_for_is_used_or_refused(monkeypatch, megatrons_choice, adam, name):
+    monkeypatch.setitem(sys.modules, name, None)  # absent, whatever is installed
+    with pytest.raises(DeviceError, match=f"compute.adam={adam} asks for {name}.FusedAdam") as refusal:
+        group_step_adam.install(adam)
+    assert "Or set compute.adam=torch" in str(refusal.value)
+
+    library = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, library)
+    parent, _, last = name.rpartition(".")
+    for package in (parent, parent.split(".")[0]):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    setattr(sys.modules[parent], last, library)
+    with pytest.raises(DeviceError, match="no attribute 'FusedAdam'"):  # such as the index's package `apex`
+        group_step_adam.install(adam)
+    library.FusedAdam = FusedAdam
+    assert group_step_adam.install(adam) is FusedAdam is megatron_optimizer.Adam
+    assert group_step_adam.install(Adam.torch) is GroupStepAdam is megatron_optimizer.Adam
+
+
+def test_a_run_uses_the_adam_that_it_asks_for(monkeypatch, megatrons_choice, tiny_config, open_groups):
+    library = types.ModuleType("apex.optimizers")
+    library.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", library)
+    config = tiny_config()
+    config.compute.adam = Adam.apex
+    (chained,) = build_parts(config, open_groups(config)).optimizer.chained_optimizers
+    assert type(chained.optimizer) is FusedAdam

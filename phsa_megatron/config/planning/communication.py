@@ -13,7 +13,7 @@ from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.derive import data_parallel_size, micro_batches_per_step
 from phsa_megatron.config.flops import ParameterCount
 from phsa_megatron.config.memory import stage_parameters
-from phsa_megatron.config.schema import Recompute, TrainConfig
+from phsa_megatron.config.schema import Loss, Recompute, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def communication(config: TrainConfig, parameters: ParameterCount, padded_vocab:
     tensor, context, data = parallel.tensor_size, parallel.context_size, data_parallel_size(config)
     stages, micro_batches, e = parallel.pipeline_size, micro_batches_per_step(config), element_bytes(config)
     layers = (config.model.num_layers / stages + config.model.mtp_num_layers) * micro_batches
-    recomputes = parallel.recompute != Recompute.none
+    recomputes = recomputes_attention(config)
     volume = context_volume(config)
     in_context = (context, tensor)
     keys = volume.forward_bytes - volume.keys_and_values_bytes
@@ -111,6 +111,11 @@ def communication(config: TrainConfig, parameters: ParameterCount, padded_vocab:
     )
 
 
+def recomputes_attention(config: TrainConfig) -> bool:
+    """Return whether the backward pass computes attention again, and sends again what it needs for that."""
+    return config.parallel.recompute in (Recompute.selective, Recompute.full)
+
+
 def residual_bytes(config: TrainConfig) -> int:
     """Return the bytes of a micro-batch's residual stream on one context-parallel process."""
     return own_tokens(config) * config.model.hidden_size * element_bytes(config)
@@ -131,16 +136,23 @@ def _tensor(config: TrainConfig, layers: float, micro_batches: int) -> Traffic:
     forward, backward = tensor_units(config)
     if size == 1:
         return Traffic("activations (tensor)", 0.0, 0.0, 1, 1)
-    passes = forward * (2 if config.parallel.recompute == Recompute.full else 1) + backward
+    # Recomputing the MLP alone repeats half of what a layer sends forward.
+    again = {Recompute.full: 1.0, Recompute.mlp: 0.5}.get(config.parallel.recompute, 0.0)
+    passes = forward * (1 + again) + backward
     sharded = config.parallel.sequence_parallel
     # The output layer's stage sends more than the embedding's; one stage has both.
-    output, embedding = (3, 2) if sharded else (2, 2)
+    chunked = config.compute.loss == Loss.chunked  # makes the weight's gradient in the forward pass
+    output, embedding = (3 if sharded and not chunked else 2, 2)
     ends = (output + (embedding if config.parallel.pipeline_size == 1 else 0)) * micro_batches
     units = layers * passes + ends
     # The softmax of the loss sums three fp32 numbers a token.
     losses = 3 * micro_batches * (1 + config.model.mtp_num_layers)
     num_bytes = units * residual_bytes(config) + losses * 2 * 4 * own_tokens(config)
-    messages = units / (1 if sharded else 2) + losses
+    if chunked:  # the largest logit, then both sums at once, of every chunk
+        chunks = -(-own_tokens(config) // config.compute.loss_chunk_tokens)
+        messages = units / (1 if sharded else 2) + 2 * chunks * micro_batches
+    else:
+        messages = units / (1 if sharded else 2) + losses
     return Traffic("activations (tensor)", num_bytes * (size - 1) / size, messages, size, 1)
 
 

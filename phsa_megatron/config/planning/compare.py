@@ -63,7 +63,7 @@ class Comparison:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file.
+    """Return the rows of a file, without those that say why there is no measurement (`failed`).
 
     Raises:
         ConfigError: the file is missing, or a row lacks a column.
@@ -71,6 +71,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"--compare {path}: no such file")
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in rows if "failed" not in row]
     for row in rows:
         missing = [column for column in _COLUMNS if column not in row]
         if missing:

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 from phsa_megatron.config.activations import element_bytes, head_widths, own_tokens, residual_width
 from phsa_megatron.config.derive import data_parallel_size, micro_batches_per_step
-from phsa_megatron.config.flops import ParameterCount, layer_product_weights
+from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.memory import stage_parameters
 from phsa_megatron.config.planning.attention_time import AttentionTime, attention_time, table
-from phsa_megatron.config.planning.communication import Communication, Traffic, communication
+from phsa_megatron.config.planning.communication import (
+    Communication,
+    Traffic,
+    communication,
+    recomputes_attention,
+)
 from phsa_megatron.config.planning.machine import Machine
-from phsa_megatron.config.schema import AttentionKind, Recompute, TrainConfig
+from phsa_megatron.config.schema import AttentionKind, Elementwise, Loss, Recompute, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def step_time(
         _layer(config, machine, attention, backward=True),
     )
     layers = config.model.num_layers / parallel.pipeline_size + config.model.mtp_num_layers
-    again = _recomputed(config, forward, attention)
+    again = _recomputed(config, machine, forward, attention)
     ends_products, ends_elementwise = _loss(config, machine, padded_vocab)
     # Gradients of weights are added to their fp32 sums after each backward pass.
     here = _fullest_stage(config, parameters, padded_vocab)
@@ -116,9 +121,10 @@ def _layer(config: TrainConfig, machine: Machine, attention: AttentionTime, *, b
     products = 2 * layer_product_weights(model) / parallel.tensor_size * t / machine.flop_per_s
     q, kv = head_widths(config)
     # Passes over channels, reads and writes: two norms and two residual sums; the copy of queries, norms of
-    # heads and RoPE in its unfused parts; SwiGLU in its unfused parts.
-    channels = 10 * residual_width(config) + 2 * q + 11 * (q + kv)
-    channels += 7 * model.ffn_hidden_size / parallel.tensor_size
+    # heads, and RoPE, in its unfused parts or in one; SwiGLU likewise.
+    rope = 2 if config.compute.elementwise == Elementwise.compiled else 9
+    channels = 10 * residual_width(config) + 2 * q + (2 + rope) * (q + kv)
+    channels += _swiglu_passes(config) * model.ffn_hidden_size / parallel.tensor_size
     elementwise = machine.copy_s(t * e * channels)
     dense = config.attention.kind == AttentionKind.dense
     eager = {"fwd": 0.0, "fwd_bwd": 0.0} if dense else table().eager_ms
@@ -129,15 +135,35 @@ def _layer(config: TrainConfig, machine: Machine, attention: AttentionTime, *, b
     return _Pass(2 * products, attention.backward_ms / 1e3, 2 * elementwise, host)
 
 
-def _recomputed(config: TrainConfig, forward: _Pass, attention: AttentionTime) -> float:
+def _mlp_forward(config: TrainConfig, machine: Machine) -> float:
+    model, tensor_size, t = config.model, config.parallel.tensor_size, own_tokens(config)
+    experts = model.expert_topk if model.num_experts else 1
+    products = 2 * experts * expert_weights(model) / tensor_size * t / machine.flop_per_s
+    channels = _swiglu_passes(config) * model.ffn_hidden_size / tensor_size
+    return products + machine.copy_s(t * element_bytes(config) * channels)
+
+
+def _swiglu_passes(config: TrainConfig) -> int:
+    """Return reads and writes of SwiGLU's inner width: gate and up, and their product."""
+    return 3 if config.compute.elementwise == Elementwise.compiled else 7
+
+
+def _recomputed(config: TrainConfig, machine: Machine, forward: _Pass, attention: AttentionTime) -> float:
     """Return the seconds of a layer and micro-batch that are computed a second time."""
-    match config.parallel.recompute:
+    parallel = config.parallel
+    match parallel.recompute:
         case Recompute.none:
             return 0.0
         case Recompute.selective:
             return attention.forward_ms / 1e3
+        case Recompute.mlp:
+            return _mlp_forward(config, machine)
         case Recompute.full:
-            return forward.total
+            share = 1.0
+            if parallel.recompute_layers is not None:
+                chunks = parallel.pipeline_size * (parallel.virtual_pipeline_size or 1)
+                share = parallel.recompute_layers * chunks / config.model.num_layers
+            return share * forward.total
 
 
 def _loss(config: TrainConfig, machine: Machine, padded_vocab: int) -> tuple[float, float]:
@@ -145,17 +171,26 @@ def _loss(config: TrainConfig, machine: Machine, padded_vocab: int) -> tuple[flo
     outputs = own_tokens(config) * padded_vocab / config.parallel.tensor_size
     outputs *= 1 + config.model.mtp_num_layers
     products = 3 * 2 * outputs * config.model.hidden_size / machine.flop_per_s
+    if config.compute.loss == Loss.chunked:
+        # Two reads for the softmax, a read and a write for its gradient; each chunk adds to the fp32 sum.
+        chunks = -(-own_tokens(config) // config.compute.loss_chunk_tokens)
+        sums = chunks * 8 * padded_vocab / config.parallel.tensor_size * config.model.hidden_size
+        return products, machine.copy_s(outputs * 4 * element_bytes(config) + sums)
     # Reads and writes of a logit in the unfused softmax: to fp32, largest, difference, exponential, sum,
     # quotient, and backward the scaling and the way back to the run's dtype.
     return products, machine.copy_s(outputs * (44 + 4 * element_bytes(config)))
 
 
 def _optimizer(config: TrainConfig, machine: Machine, parameters: ParameterCount, padded_vocab: int) -> float:
-    """Return the seconds of clearing gradients, their norm and clipping, and Adam on the fp32 shard."""
+    """Return the seconds of clearing gradients, their norm and clipping, and Adam on the fp32 shard.
+
+    Bytes an element: norm 4, clipping 8, Adam reads weight, gradient and moments and writes all but the
+    gradient in one pass, 28, and the copy to the run's dtype takes 6.
+    """
     here = _fullest_stage(config, parameters, padded_vocab)
     sharded = config.parallel.distributed_optimizer
     shards = data_parallel_size(config) * config.parallel.context_size if sharded else 1
-    return machine.copy_s(4 * here + 90 * here / shards)
+    return machine.copy_s(4 * here + 46 * here / shards)
 
 
 def _fullest_stage(config: TrainConfig, parameters: ParameterCount, padded_vocab: int) -> float:
@@ -188,7 +223,7 @@ def _exposed(
     sent between stages, not the start of each send.
     """
     parallel = config.parallel
-    runs = layers * micro_batches_per_step(config) * (2 if parallel.recompute != Recompute.none else 1)
+    runs = layers * micro_batches_per_step(config) * (2 if recomputes_attention(config) else 1)
     keys_and_values = max(0.0, _seconds(machine, sent.context_kv) - runs * attention.select_ms / 1e3)
     gradients, weights = _seconds(machine, sent.gradients), _seconds(machine, sent.weights)
     if parallel.overlap_grad_reduce:

@@ -5,7 +5,7 @@ from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.memory import stage_parameters
 from phsa_megatron.config.planning.communication import communication
-from phsa_megatron.config.schema import AttentionKind, Recompute
+from phsa_megatron.config.schema import AttentionKind, Loss, Recompute
 
 HIDDEN, LAYERS, TOKENS = 4096, 36, 32768
 RESIDUAL = TOKENS * HIDDEN * 2
@@ -26,19 +26,21 @@ def test_sequence_parallel_activations_by_hand(large):
     """TP 4, 32 sequences over two copies: 16 micro-batches. Without recomputation a layer has 4 gathers and
     scatters forward and 6 backward, each of 3/4 of the residual stream; output layer and embedding add 5,
     and the loss three sums of an fp32 number a token."""
-    config = large(parallel__recompute=Recompute.none)
+    config = large(parallel__recompute=Recompute.none, compute__loss=Loss.whole)
     traffic = sent(config).tensor
     unit = RESIDUAL * 3 // 4
     assert traffic.step_bytes == 16 * ((LAYERS * 10 + 5) * unit + LOSS * 3 // 4)
     assert traffic.messages == 16 * (LAYERS * 10 + 5 + 3)
-    again = sent(large(parallel__recompute=Recompute.full)).tensor
+    again = sent(large(parallel__recompute=Recompute.full, compute__loss=Loss.whole)).tensor
     assert again.step_bytes - traffic.step_bytes == 16 * LAYERS * 4 * unit
-    assert sent(large(parallel__recompute=Recompute.selective)).tensor == traffic
+    assert sent(large(parallel__recompute=Recompute.selective, compute__loss=Loss.whole)).tensor == traffic
 
 
 def test_all_reduces_without_sequence_parallelism_by_hand(large):
     """Two all-reduces forward and two backward, each as much as a gather and a scatter."""
-    config = large(parallel__sequence_parallel=False, parallel__recompute=Recompute.none)
+    config = large(
+        parallel__sequence_parallel=False, parallel__recompute=Recompute.none, compute__loss=Loss.whole
+    )
     traffic = sent(config).tensor
     assert traffic.step_bytes == 16 * ((LAYERS * 8 + 4) * RESIDUAL + LOSS) * 3 // 4
     assert traffic.messages == 16 * ((LAYERS * 8 + 4) / 2 + 3)

@@ -14,7 +14,7 @@ from phsa_megatron.config.planning.run_to_plan import run_to_plan
 from phsa_megatron.config.planning.search import Estimator
 
 ROOT = Path(__file__).resolve().parents[3]
-FULL_SIZE = ROOT / "docs" / "results" / "full_size.json"
+FULL_SIZE = ROOT / "docs" / "results" / "h100_training.json"
 ROWS = read_rows(FULL_SIZE) if FULL_SIZE.is_file() else []
 RECIPE = "phsa_0p6b_pretrain_8gpu_h100_bf16_4k"
 OVERRIDES = ["cluster=local_gpu"]
@@ -34,7 +34,7 @@ def test_the_page_says_whether_there_are_full_size_rows():
 
 def test_nothing_in_the_plan_reads_measured_runs():
     folder = ROOT / "phsa_megatron" / "config"
-    assert not [p for p in folder.rglob("*.py") if "full_size" in p.read_text()]
+    assert not [p for p in folder.rglob("*.py") if "h100_training" in p.read_text()]
 
 
 @cache
@@ -75,6 +75,12 @@ def test_the_command_compares_a_file_and_fails_out_of_tolerance(capsys, tmp_path
     file.write_text(json.dumps([made_up(1.05, 1), made_up(2, 1)]))
     assert cli.main(["plan", "--compare", str(file)]) == 1
     assert "-50.0%" in capsys.readouterr().out
+
+
+def test_a_row_that_failed_is_left_out(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"name": "dense_128k", "failed": "out of memory"}, made_up(1, 1)]))
+    assert read_rows(file) == [made_up(1, 1)]
 
 
 def test_a_row_without_a_column_is_refused(tmp_path):

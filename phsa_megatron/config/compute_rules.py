@@ -1,0 +1,101 @@
+"""Rules of `compute`: what an implementation needs, and what it cannot do. Used by `validate.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phsa_megatron.config.rule_messages import Rule, broken
+from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Recompute, TrainConfig
+from phsa_megatron.config.selector_kinds import learned_selector
+
+
+def _chunked_loss(config: TrainConfig) -> Iterator[str]:
+    if config.compute.loss == Loss.chunked and config.model.mtp_num_layers:
+        yield broken(
+            "compute.loss",
+            config.compute.loss,
+            f"megatron computes the losses of multi-token prediction (model.mtp_num_layers="
+            f"{config.model.mtp_num_layers}) from whole logits",
+            "set compute.loss=whole, or model.mtp_num_layers=0",
+        )
+
+
+def _compiled(config: TrainConfig) -> Iterator[str]:
+    if config.compute.elementwise == Elementwise.compiled and config.cluster.device == Device.cpu:
+        yield broken(
+            "compute.elementwise",
+            config.compute.elementwise,
+            "nothing is compiled on the CPU (cluster.device=cpu)",
+            "set compute.elementwise=unfused, or cluster.device=cuda",
+        )
+
+
+def _recompute_layers(config: TrainConfig) -> Iterator[str]:
+    parallel, layers = config.parallel, config.parallel.recompute_layers
+    if layers is None:
+        return
+    if parallel.recompute != Recompute.full:
+        yield broken(
+            "parallel.recompute_layers",
+            layers,
+            f"it counts layers that are recomputed as a whole, and parallel.recompute={parallel.recompute}",
+            "set parallel.recompute=full, or parallel.recompute_layers=null",
+        )
+    chunk = config.model.num_layers // (parallel.pipeline_size * (parallel.virtual_pipeline_size or 1))
+    if layers > chunk:
+        yield broken(
+            "parallel.recompute_layers",
+            layers,
+            f"a model chunk has {chunk} layers",
+            f"use at most {chunk}, or null for all",
+        )
+
+
+def _fp8(config: TrainConfig) -> Iterator[str]:
+    compute = config.compute
+    if compute.fp8 != Fp8.none and compute.layers != Layers.transformer_engine:
+        yield broken(
+            "compute.fp8",
+            compute.fp8,
+            f"FP8 products are Transformer Engine's, and compute.layers={compute.layers}",
+            "set compute.layers=transformer_engine, or compute.fp8=none",
+        )
+
+
+def _transformer_engine(config: TrainConfig) -> Iterator[str]:
+    if config.compute.layers == Layers.transformer_engine and config.cluster.device == Device.cpu:
+        yield broken(
+            "compute.layers",
+            config.compute.layers,
+            "Transformer Engine needs a GPU (cluster.device=cpu)",
+            "set compute.layers=local, or cluster.device=cuda",
+        )
+    elif config.compute.layers == Layers.transformer_engine and learned_selector(config.attention):
+        yield broken(
+            "compute.layers",
+            config.compute.layers,
+            f"attention.selector={config.attention.selector} reads the layer's input after its norm, which "
+            "Transformer Engine has inside a product",
+            "set compute.layers=local",
+        )
+
+
+def _fused_weight_gradient(config: TrainConfig) -> Iterator[str]:
+    if config.compute.fused_weight_gradient and config.cluster.device == Device.cpu:
+        yield broken(
+            "compute.fused_weight_gradient",
+            True,
+            "apex adds weight gradients to their sums on a GPU (cluster.device=cpu)",
+            "set compute.fused_weight_gradient=false, or cluster.device=cuda",
+        )
+
+
+COMPUTE_RULES: tuple[Rule, ...] = (
+    _chunked_loss,
+    _compiled,
+    _recompute_layers,
+    _fp8,
+    _transformer_engine,
+    _fused_weight_gradient,
+)
+"""All of them, in the order of their messages."""

@@ -1,0 +1,220 @@
+"""The files of a full-size measurement, and the Markdown page and plots that are made from them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from phsa_megatron.config.planning.compare import TOLERANCE_FRAC, compare
+from phsa_megatron.config.resolved import write_atomically
+from phsa_megatron.evaluation.full_size.rows import gates
+
+ROWS_FILE = "h100_training.json"
+PROFILE_FILE = "h100_training_profile.json"
+CURVES_FILE = "h100_training_curves.json"
+OPS_FILE = "h100_training_ops.json"
+PAGE_FILE = "h100_training.md"
+_COLUMNS = (
+    "row", "recompute", "micro-batch", "documents", "step ms", "tokens/s", "MFU selected",
+    "dense-equivalent TFLOP/s", "peak GiB", "times dense",
+)  # fmt: skip
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of results in one piece."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as a line for the terminal."""
+    if "failed" in row:
+        return f"{row['name']}: {row['failed'][:200]}"
+    mfu = row["mfu_selected_frac"]
+    return (
+        f"{row['name']}: {row['step_ms']:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s, MFU "
+        f"{'-' if mfu is None else f'{mfu:.1%}'}, {row['peak_memory_gib']:.1f} GiB, recompute "
+        f"{row['recompute']}"
+    )
+
+
+def write_page(folder: Path) -> Path:
+    """Write the page and its plots from the files that are there; return the page."""
+    rows, profiles, curves, ops = (
+        _read(folder / name) for name in (ROWS_FILE, PROFILE_FILE, CURVES_FILE, OPS_FILE)
+    )
+    text = ["# Whole training steps of Qwen3-0.6B on one GPU", ""]
+    if rows:
+        text += [*_rows_section(rows), ""]
+        _plot_rows(rows, folder / "h100_training.png")
+        text += ["![tokens per second by sequence length](h100_training.png)", "", *_plan_section(rows), ""]
+    if profiles:
+        text += [*_profile_section(profiles), ""]
+    if ops:
+        text += [*_ops_section(ops), ""]
+    if curves:
+        text += [*_curves_section(curves), ""]
+        _plot_curves(curves["curves"], folder / "h100_training_curves.png")
+        text += ["![loss by step](h100_training_curves.png)", ""]
+    page = folder / PAGE_FILE
+    write_atomically(page, "\n".join(text).rstrip() + "\n")
+    return page
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
+    about = rows[0]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    dense = {
+        (r["seq_len_tokens"], r["packed"]): r for r in rows if r["attention"] == "dense" and "failed" not in r
+    }
+    lines = [
+        f"`phsa-train measure-training --out docs/results` on one {about['device']} ({versions}), commit "
+        f"`{about['commit'][:12]}`. A step is forward, backward, AdamW and everything between, on "
+        "131,072 tokens of the project's own text in Qwen's tokens; medians. Texts are joined to one "
+        "document a sequence, except in the packed rows. MFU counts the FLOPs that the row's attention "
+        "needs, without recomputation, against 989 TFLOP/s. Each row has the best of the settings that were "
+        f"tried, which [the rows]({ROWS_FILE}) list.",
+        "",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|---" * len(_COLUMNS) + "|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['failed'][:120]}" + " |" * (len(_COLUMNS) - 1))
+            continue
+        mfu = row["mfu_selected_frac"]
+        base = dense.get((row["seq_len_tokens"], row["packed"]))
+        ratio = "-" if base is None else f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}"
+        cells = (
+            row["name"], row["recompute"], row["micro_batch"], row["num_documents"],
+            f"{row['step_ms']:,.1f}", f"{row['tokens_per_s']:,.0f}", "-" if mfu is None else f"{mfu:.1%}",
+            f"{row['dense_equiv_tflops']:.0f}", f"{row['peak_memory_gib']:.1f}", ratio,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| gate | least | goal | measured | |", "|---|---|---|---|---|"]
+    for gate in gates(rows):
+        value = "-" if gate.value is None else f"{gate.value:.3f}"
+        lines.append(f"| {gate.name} | {gate.least} | {gate.goal} | {value} | {gate.verdict} |")
+    return lines
+
+
+def _plan_section(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what `phsa-train plan` predicts for the rows that were measured."""
+    lines = [
+        "## What the plan predicts",
+        "",
+        f"`phsa-train plan --compare docs/results/{ROWS_FILE}`: nothing in [the plan](../plan.md) is fitted "
+        f"to these rows; the tolerance is {TOLERANCE_FRAC:.0%}.",
+        "",
+        "| row | s/step | measured | off by | GiB | measured | off by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            continue
+        found = compare(row)
+        lines.append(
+            f"| {row['name']} | {found.predicted_step_s:.3f} | {found.measured_step_s:.3f} "
+            f"| {found.step_error_frac:+.1%} | {found.predicted_gib:.1f} | {found.measured_gib:.1f} "
+            f"| {found.memory_error_frac:+.1%} |"
+        )
+    return lines
+
+
+def _profile_section(profiles: list[dict[str, Any]]) -> list[str]:
+    kinds = list(dict.fromkeys(kind for profile in profiles for kind in profile["kinds_ms"]))
+    lines = [
+        "## Where a step's time goes",
+        "",
+        "Milliseconds of one profiled step, kernels grouped by name; every kernel is in "
+        f"[the profile]({PROFILE_FILE}). Idle is the step's wall time in which no kernel ran, with the "
+        "profiler's own cost in it.",
+        "",
+        "| | " + " | ".join(p["name"] for p in profiles) + " |",
+        "|---" * (len(profiles) + 1) + "|",
+    ]
+    for kind in kinds:
+        lines.append(
+            f"| {kind} | " + " | ".join(f"{p['kinds_ms'].get(kind, 0):.1f}" for p in profiles) + " |"
+        )
+    for name, key in (("idle", "idle_ms"), ("whole step", "step_ms")):
+        lines.append(f"| {name} | " + " | ".join(f"{p[key]:.1f}" for p in profiles) + " |")
+    lines.append(
+        "| waits of the host | " + " | ".join(str(sum(p["host_waits"].values())) for p in profiles) + " |"
+    )
+    return lines
+
+
+def _ops_section(ops: dict[str, Any]) -> list[str]:
+    labels = list(dict.fromkeys(label for times in ops["ops_ms"].values() for label in times))
+    lines = [
+        "## Norms and SwiGLU alone",
+        "",
+        "Milliseconds of a forward and a backward pass over 32,768 tokens, launches included.",
+        "",
+        "| | " + " | ".join(labels) + " |",
+        "|---" * (len(labels) + 1) + "|",
+    ]
+    for operation, times in ops["ops_ms"].items():
+        lines.append(f"| {operation} | " + " | ".join(str(times.get(label, "-")) for label in labels) + " |")
+    return lines
+
+
+def _curves_section(curves: dict[str, Any]) -> list[str]:
+    lines = ["## Loss at 4k", "", "| | steps | first 10 | last 10 |", "|---|---|---|---|"]
+    for name, losses in curves["curves"].items():
+        first, last = statistics.mean(losses[:10]), statistics.mean(losses[-10:])
+        lines.append(f"| {name} | {len(losses)} | {first:.4f} | {last:.4f} |")
+    return lines
+
+
+def _figure() -> Any:
+    # Imported here: a machine that only measures may have no matplotlib.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.2, 4.2), layout="constrained")
+
+
+def _plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    figure = _figure()
+    axes = figure.add_subplot()
+    shown = [r for r in rows if "failed" not in r and not r["packed"]]
+    for label in dict.fromkeys((r["attention"], r["topk"]) for r in shown):
+        points = sorted(
+            (r["seq_len_tokens"], r["tokens_per_s"]) for r in shown if (r["attention"], r["topk"]) == label
+        )
+        name = "dense, cuDNN" if label[0] == "dense" else f"PHSA, k = {label[1]}"
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+    lengths = sorted({r["seq_len_tokens"] for r in shown})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    axes.set(
+        title="Qwen3-0.6B, whole training step, one GPU", xlabel="tokens of a sequence", ylabel="tokens/s"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _plot_curves(curves: dict[str, list[float]], path: Path) -> None:
+    figure = _figure()
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1)
+    axes.set(title="Qwen3-0.6B at 4k from fresh weights", xlabel="step", ylabel="nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120, metadata={"Software": ""})

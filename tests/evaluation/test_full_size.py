@@ -1,0 +1,137 @@
+"""Which settings full-size rows try, what their gates say, how kernels are grouped, and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from phsa_megatron.config.schema import AttentionKind, Recompute
+from phsa_megatron.evaluation.full_size import page
+from phsa_megatron.evaluation.full_size.kernel_times import kind_of, summary
+from phsa_megatron.evaluation.full_size.rows import (
+    ROWS,
+    Setting,
+    config_of,
+    gates,
+    overrides_of,
+    recipe_of,
+    settings_to_try,
+    without,
+)
+
+ROW = {row.name: row for row in ROWS}
+
+
+def test_rows_are_the_recipes_with_the_same_tokens_a_step():
+    assert len(ROW) == len(ROWS)
+    for row in ROWS:
+        config = config_of(row, Setting())
+        assert config.optim.global_batch_sequences * config.data.seq_len_tokens == 131072
+        assert (config.attention.kind == AttentionKind.dense) is (row.topk is None)
+        assert row.topk in (None, config.attention.train_topk)
+        assert config.data.isolate_documents is row.packed
+        assert row.num_timed >= 5
+    long, short = (config_of(ROW[name], Setting()).attention for name in ("phsa_k2_128k", "phsa_k2_4k"))
+    assert (long.init_tokens, long.local_tokens) == (128, 512)
+    assert (short.init_tokens, short.local_tokens) == (16, 128)
+
+
+def test_what_fits_is_not_recomputed_and_what_does_not_is_recomputed_in_few_layers():
+    plain = settings_to_try(ROW["phsa_k2_32k"], 79.0)
+    assert plain[0] == Setting() and [s.recompute for s in plain[1:]] == [Recompute.mlp, Recompute.full]
+    assert settings_to_try(ROW["dense_4k"], 79.0)[:2] == [Setting(micro_batch=8), Setting(micro_batch=4)]
+    long = settings_to_try(ROW["dense_128k"], 79.0)
+    assert {s.recompute for s in long} == {Recompute.full}
+    layers = [s.recompute_layers for s in long]
+    assert 0 < layers[0] < layers[1] < 28 and layers[-1] is None
+    fewer = settings_to_try(ROW["dense_128k"], 100.0)[0].recompute_layers
+    assert fewer < layers[0]
+
+
+def test_a_setting_of_the_caller_replaces_the_rows_own():
+    given = ("cluster=local_cpu", "data.seq_len_tokens=64")
+    settings = overrides_of(ROW["dense_4k"], Setting(), given)
+    assert [s for s in settings if s.startswith(("cluster=", "data.seq_len"))] == list(given)
+    assert without(["a=1", "b=2"], ("a=3",)) == ["b=2"]
+
+
+def measured(name, tokens_per_s, mfu=0.3):
+    row = ROW[name]
+    return {
+        "name": name, "attention": row.attention, "seq_len_tokens": row.seq_len_tokens, "topk": row.topk,
+        "packed": row.packed, "recompute": "none", "micro_batch": 1, "num_documents": 4, "step_ms": 1000.0,
+        "tokens_per_s": tokens_per_s, "mfu_selected_frac": mfu, "dense_equiv_tflops": 400.0,
+        "step_time_s": 1.0, "recipe": recipe_of(row), "overrides": overrides_of(row, Setting()),
+        "peak_memory_gib": 50.0, "device": "GPU", "versions": {"torch": "2"}, "commit": "c" * 40,
+    }  # fmt: skip
+
+
+def test_gates_compare_rows_of_the_same_length():
+    rows = [
+        measured("phsa_k2_32k", 230.0),
+        measured("dense_32k", 100.0),
+        measured("phsa_k2_4k", 90.0),
+        measured("dense_4k", 100.0, mfu=0.41),
+        {"name": "dense_128k", "failed": "out of memory"},
+        measured("phsa_k2_128k", 50.0),
+    ]
+    found = {gate.name.split(",")[0]: (gate.value, gate.verdict) for gate in gates(rows)}
+    assert found["tokens/s at 32k"] == (pytest.approx(2.3), "passed")
+    assert found["tokens/s at 128k"] == (None, "not measured")
+    assert found["tokens/s at 4k"] == (pytest.approx(0.9), "failed")
+    assert found["MFU of dense at 4k"] == (0.41, "passed")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("chosen_dkdv_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "linear layers"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("triton_red_fused__to_copy_amax_exp_sum_0", "cross-entropy"),
+        ("triton_poi_fused_mul_silu_split_1", "SwiGLU"),
+        ("triton_poi_fused__to_copy_cat_mul_sub_0", "RoPE"),
+        ("void at::native::vectorized_layer_norm_kernel<float>", "norms"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_what_they_are_for(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_a_profile_counts_overlapping_kernels_once_and_the_waits_of_the_host():
+    events = [
+        {"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 400.0, "ph": "X"},
+        {"cat": "kernel", "name": "gemm", "ts": 300.0, "dur": 300.0, "ph": "X"},
+        {"cat": "kernel", "name": "forward_kernel", "ts": 900.0, "dur": 50.0, "ph": "X"},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 0.0, "dur": 9.0, "ph": "X"},
+    ]
+    found = summary(events, step_s=1e-3)
+    assert found["kinds_ms"] == {"linear layers": 0.7, "attention": 0.05}
+    assert (found["busy_ms"], found["idle_ms"]) == (0.65, 0.35)
+    assert found["host_waits"] == {"cudaStreamSynchronize": 1}
+    assert found["kernels"][0] == {"name": "gemm", "calls": 2, "ms": 0.7}
+
+
+def test_the_page_shows_what_is_there(tmp_path):
+    rows = [measured("phsa_k2_32k", 230.0), measured("dense_32k", 100.0), measured("dense_4k", 90.0)]
+    failed = {key: rows[0][key] for key in ("seq_len_tokens", "topk", "packed", "attention")}
+    rows.append(failed | {"name": "dense_128k", "failed": "OutOfMemoryError: no"})
+    page.write_json(tmp_path / page.ROWS_FILE, rows)
+    profile = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 4e5}], 0.5) | {"name": "dense_32k"}
+    page.write_json(tmp_path / page.PROFILE_FILE, [profile])
+    page.write_json(tmp_path / page.CURVES_FILE, {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}})
+    page.write_json(tmp_path / page.OPS_FILE, {"ops_ms": {"SwiGLU": {"torch": 1.0, "compiled": "no"}}})
+    text = page.write_page(tmp_path).read_text()
+    assert "| phsa_k2_32k | none | 1 | 4 | 1,000.0 | 230 | 30.0% | 400 | 50.0 | 2.30 |" in text
+    assert "| dense_128k | OutOfMemoryError: no |" in text
+    assert "| tokens/s at 32k, k = 2, against dense | 2.2 | 2.7 | 2.300 | passed |" in text
+    assert re.search(r"\| dense_32k \| \d\.\d+ \| 1\.000 \| [+-]\d+\.\d% \| \d+\.\d \| 50\.0 \|", text)
+    assert "| linear layers | 400.0 |" in text and "| SwiGLU | 1.0 | no |" in text
+    assert "| phsa | 2 | 1.5000 | 1.5000 |" in text
+    assert (tmp_path / "h100_training.png").stat().st_size > 1000
+    assert json.loads((tmp_path / page.ROWS_FILE).read_text()) == rows
