@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from phsa_megatron.config.derive import derive
+from phsa_megatron.config.document_flops import DocumentFlops, StepFlops
 from phsa_megatron.config.environment import process_environment
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.evaluation.full_size import page
@@ -48,6 +49,14 @@ PARTS = ("rows", "profile", "curves", "ops", "page")
 PROFILED = ("phsa_k2_32k", "dense_32k", "phsa_k2_4k")
 _SECONDS_A_ROW = {4096: 15.0, 32768: 40.0, 131072: 110.0}
 """What a row may still take; one that would end after the deadline is not begun."""
+
+
+def _flops_a_step(config: TrainConfig, timing: Timing) -> StepFlops:
+    """Return the mean FLOPs of the timed steps, from the lengths of their documents."""
+    num_steps = len(timing.document_tokens)
+    lengths = [tokens for step in timing.document_tokens for tokens in step]
+    counted = DocumentFlops(config, derive(config).parameters).of_step(lengths, 1)
+    return StepFlops(counted.selected // num_steps, counted.dense // num_steps)
 
 
 class Measurement:
@@ -130,7 +139,7 @@ class Measurement:
         config = config_of(row, setting, self.extra)
         derived = derive(config)
         throughput = Throughput(derived, consumed_tokens=0, peak_tflops=config.cluster.peak_tflops)
-        speed = throughput.update(timing.median_s, derived.tokens_per_step)
+        speed = throughput.update(timing.median_s, derived.tokens_per_step, _flops_a_step(config, timing))
         return {
             "model": config.model.name,
             "recipe": recipe_of(row),
@@ -138,7 +147,7 @@ class Measurement:
             "recompute": setting.text,
             "micro_batch": setting.micro_batch,
             "tokens_per_step": derived.tokens_per_step,
-            "num_documents": timing.num_documents,
+            "num_documents": len(timing.document_tokens[-1]),
             "step_ms": round(timing.median_s * 1e3, 2),
             "step_time_s": timing.median_s,
             "steps_ms": [round(s * 1e3, 2) for s in timing.step_s],

@@ -47,14 +47,14 @@ class Timing:
         peak_memory_gib: most that torch had allocated.
         reserved_gib: most that torch had taken from the device.
         losses_nats: of all steps, warm-up included.
-        num_documents: documents in the last step's sequences.
+        document_tokens: real lengths of the documents of each timed step.
     """
 
     step_s: list[float]
     peak_memory_gib: float
     reserved_gib: float
     losses_nats: list[float]
-    num_documents: int
+    document_tokens: list[list[int]]
 
     @property
     def median_s(self) -> float:
@@ -138,18 +138,18 @@ class Session:
     def time_steps(self, num_warm_up: int, num_timed: int) -> Timing:
         """Train so many steps and return how long they took."""
         self.free()
-        seconds, losses, documents = [], [], 0
+        seconds, losses, documents = [], [], []
         with self.batches(num_warm_up + num_timed) as source:
             for _ in range(num_warm_up + num_timed):
                 start_s = time.perf_counter()
                 batches = next(source)
                 losses.append(self.step(batches).loss_nats)
                 seconds.append(time.perf_counter() - start_s)
-                documents = sum(int((batch.cu_seqlens.diff() > 0).sum()) for batch in batches)
+                documents.append([tokens for batch in batches for tokens in batch.document_tokens])
         gib = 2**30
         peak = torch.cuda.max_memory_allocated() / gib if self.on_gpu else 0.0
         reserved = torch.cuda.max_memory_reserved() / gib if self.on_gpu else 0.0
-        return Timing(seconds[num_warm_up:], peak, reserved, losses, documents)
+        return Timing(seconds[num_warm_up:], peak, reserved, losses, documents[num_warm_up:])
 
     def free(self) -> None:
         """Give back what earlier rows left, gradients of a step that failed among it."""
