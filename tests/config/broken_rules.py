@@ -1,5 +1,6 @@
 """Settings that break one rule and nothing else, and what the message must say."""
 
+from broken_compute_rules import BROKEN_COMPUTE
 from broken_learned_rules import BROKEN_LEARNED
 
 from phsa_megatron.config.schema import (
@@ -7,14 +8,9 @@ from phsa_megatron.config.schema import (
     ContextExchange,
     ContextSharding,
     Device,
-    Elementwise,
-    Fp8,
     GroupScore,
     KernelImpl,
-    Layers,
-    Loss,
     LrSchedule,
-    Recompute,
     Scheduler,
     Selector,
     TopkSchedule,
@@ -25,41 +21,7 @@ SLURM: dict[str, object] = {"cluster.scheduler": Scheduler.slurm}
 # rule -> settings that break it and nothing else, and what its message must say: field and value, rule, fix.
 SMALL = {"optim.micro_batch_sequences": 1}
 BROKEN = [
-    (
-        "_chunked_loss",
-        {"compute.loss": Loss.chunked, "model.mtp_num_layers": 1},
-        ["compute.loss=chunked", "mtp_num_layers=1", "set compute.loss=whole"],
-    ),
-    (
-        "_compiled",
-        {"compute.elementwise": Elementwise.compiled},
-        ["compute.elementwise=compiled", "cluster.device=cpu", "elementwise=unfused"],
-    ),
-    (
-        "_recompute_layers",
-        {"parallel.recompute_layers": 1},
-        ["parallel.recompute_layers=1", "parallel.recompute=none", "set parallel.recompute=full"],
-    ),
-    (
-        "_recompute_layers",
-        {"parallel.recompute": Recompute.full, "parallel.recompute_layers": 5},
-        ["parallel.recompute_layers=5", "layers", "null for all"],
-    ),
-    (
-        "_fp8",
-        {"compute.fp8": Fp8.tensorwise},
-        ["compute.fp8=tensorwise", "compute.layers=local", "set compute.layers=transformer_engine"],
-    ),
-    (
-        "_transformer_engine",
-        {"compute.layers": Layers.transformer_engine},
-        ["compute.layers=transformer_engine", "needs a GPU", "set compute.layers=local"],
-    ),
-    (
-        "_fused_weight_gradient",
-        {"compute.fused_weight_gradient": True},
-        ["compute.fused_weight_gradient=True", "apex", "cluster.device=cuda"],
-    ),
+    *BROKEN_COMPUTE,
     ("_run_name", {"run.name": "a/b"}, ["run.name='a/b'", "names a folder", "choose another"]),
     ("_run_name", {"run.name": ""}, ["run.name=''", "names a folder"]),
     ("_skip_list", {"data.skip_sequences": ["9-3"]}, ["data.skip_sequences", "'9-3'", "FIRST-LAST"]),
