@@ -121,6 +121,7 @@ RANGES: dict[str, Range] = {
     "health.step_timeout_s": _POSITIVE,
     "health.data_timeout_s": _POSITIVE,
     "health.long_phase_timeout_s": _POSITIVE,
+    "health.gpu_scores_every_steps": _FROM_ZERO,
     "health.preflight_timeout_s": _POSITIVE,
     "health.min_free_memory_gib": _FROM_ZERO,
     "health.min_free_gpu_memory_frac": _FRAC,

@@ -228,6 +228,7 @@ RULES: dict[str, ResumeRule] = {
     "health.data_timeout_s": _WATCHING,
     "health.long_phase_timeout_s": _WATCHING,
     "health.resiliency": _WATCHING,
+    "health.gpu_scores_every_steps": _WATCHING,
     "health.preflight_timeout_s": _WATCHING,
     "health.min_free_memory_gib": _WATCHING,
     "health.min_free_gpu_memory_frac": _WATCHING,

@@ -34,6 +34,9 @@ class HealthConfig:
     """Longest time without progress in a save, an evaluation or the end of the run."""
     resiliency: Resiliency = Resiliency.none
     """nvrx also sends heartbeats to nvidia-resiliency-ext's ft_launcher; refused where it is absent."""
+    gpu_scores_every_steps: int = 0
+    """Steps between two looks of nvidia-resiliency-ext at how fast each GPU runs its kernels, against the
+    fastest and its own best; a slow one is an alert. 0 for none; refused on CPUs and without the package."""
     preflight_timeout_s: float = 120.0
     """How long nodes wait for each other in the preflight; who is missing is printed every 20 s, and at the
     end its name is written down."""

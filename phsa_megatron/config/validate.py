@@ -23,7 +23,7 @@ from phsa_megatron.config.rule_messages import Rule, broken, multiples_around
 from phsa_megatron.config.schema import Device, KernelImpl, LrSchedule, TrainConfig
 from phsa_megatron.config.skip_list import skipped_ranges
 from phsa_megatron.config.validate_cluster import CLUSTER_RULES
-from phsa_megatron.config.validate_health import local_copy, watchdog_timeouts
+from phsa_megatron.config.validate_health import gpu_scores, local_copy, watchdog_timeouts
 from phsa_megatron.config.yaml_file import leaves
 
 
@@ -196,6 +196,7 @@ RULES: tuple[Rule, ...] = (
     _cosine,
     _learning_rates,
     watchdog_timeouts,
+    gpu_scores,
     local_copy,
     *CLUSTER_RULES,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from phsa_megatron.config.schema import TrainConfig
+from phsa_megatron.config.schema import Device, TrainConfig
 
 
 def watchdog_timeouts(config: TrainConfig) -> Iterator[str]:
@@ -29,4 +29,21 @@ def local_copy(config: TrainConfig) -> Iterator[str]:
         yield (
             f"checkpoint.local_copy_dir={local}: it names a folder on each node's own disk, whatever the "
             "process's working folder; use an absolute path"
+        )
+
+
+def gpu_scores(config: TrainConfig) -> Iterator[str]:
+    """Yield why kernels cannot be timed."""
+    every = config.health.gpu_scores_every_steps
+    if every == 0:
+        return
+    if config.cluster.device != Device.cuda:
+        yield (
+            f"health.gpu_scores_every_steps={every}: it times kernels of GPUs, and cluster.device="
+            f"{config.cluster.device.value}; set it to 0 (monitoring.alerts tells of slow processes anywhere)"
+        )
+    if config.monitoring.profile.first_step:
+        yield (
+            f"health.gpu_scores_every_steps={every}: only one can time kernels, and monitoring.profile."
+            f"first_step={config.monitoring.profile.first_step} asks for a trace; set one of them to 0"
         )

@@ -6,6 +6,7 @@ ends in good order; the same command goes on from there. `touch RUN/save` saves 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from phsa_megatron.config.schema import TrainConfig
@@ -17,6 +18,7 @@ from phsa_megatron.training import information
 from phsa_megatron.training.alarms import Alarms
 from phsa_megatron.training.evaluate import Evaluation
 from phsa_megatron.training.finish import finish, write_report_if_asked
+from phsa_megatron.training.gpu_scores import gpu_scores
 from phsa_megatron.training.norms import norm_metrics
 from phsa_megatron.training.profiling import StepProfiler
 from phsa_megatron.training.progress import Progress
@@ -57,8 +59,10 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
         open_run(config, groups, progress) as run,
         read_ahead(run) as prefetcher,
         profiler_of(run) as profiler,
+        ExitStack() as scoring,
     ):
         alarms = Alarms(run)
+        scores = scoring.enter_context(gpu_scores(config, alarms.tell))
         run.console.start(run.state.step)
         run.meter.start()
         while run.state.step < config.run.train_steps and not run.asked.exit:
@@ -67,8 +71,10 @@ def train(config: TrainConfig, groups: Groups, progress: Progress | None = None)
             batches = run.wait_for_batches(prefetcher)
             if batches is None:
                 break
-            result = _step(run, batches, alarms)
+            with scores.step():
+                result = _step(run, batches, alarms)
             _log(run, batches, result, alarms)
+            scores.after_step(run.state.step)
             if _due(run, config.evaluate.every_steps):
                 evaluate(run)
             run.poll()

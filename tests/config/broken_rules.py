@@ -354,6 +354,11 @@ BROKEN = [
         ["container_mounts=['/a:/a']", "set cluster.container_image"],
     ),
     (
+        "gpu_scores",
+        {"health.gpu_scores_every_steps": 100},
+        ["health.gpu_scores_every_steps=100", "cluster.device=cpu", "set it to 0"],
+    ),
+    (
         "watchdog_timeouts",
         {"health.step_timeout_s": 9.0},
         ["health.step_timeout_s=9", "heartbeat_every_s=5", "at least 10"],
