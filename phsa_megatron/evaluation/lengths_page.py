@@ -22,8 +22,9 @@ _HEAD = """\
 
 SmolLM2-135M-Instruct (weights dequantized from 4 bits) with its dense attention, and with the attention of
 each recipe put in its place without training: `phsa`, mean pooling, InfLLM-V2, the random-token control and
-the windows alone. One 7-digit number in essays of Paul Graham, the answer given up to the number; a hit is
-all seven digits. Blocks of 16, init 16 + local 128 tokens, so that at k = 16 a query sees at most 400 tokens.
+the windows alone. One 7-digit number in the usual haystack of essays, the answer given up to the number; a
+hit is all seven digits. Blocks of 16, init 16 + local 128 tokens, so that at k = 16 a query sees at most 400
+tokens.
 
 Two readings: with prefill = dense the text before the question is read with dense attention and the question
 and the answer with the selector; with prefill = sparse everything is read with the selector.

