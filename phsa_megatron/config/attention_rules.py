@@ -119,8 +119,8 @@ def _selector_impl(config: TrainConfig) -> Iterator[str]:
             "attention.selector",
             attention.selector,
             f"attention.impl=triton scores one pooled vector a block by its dot product: {served}",
-            "set attention.select_impl=reference (eager choice, attention by Triton), attention.impl=reference, "
-            "or one of these selectors",
+            "set attention.select_impl=reference (an eager choice, attention by Triton), "
+            "attention.impl=reference, or one of these selectors",
         )
 
 

@@ -83,7 +83,7 @@ class AttentionConfig:
     impl: KernelImpl = KernelImpl.reference
     """Implementation of the PHSA ops; used or refused, never swapped."""
     select_impl: KernelImpl | None = None
-    """Who chooses the blocks of a selector that has no kernel, beside impl=triton: reference; null is impl."""
+    """What chooses blocks for a selector without a kernel, beside impl=triton: reference; null is impl."""
     block_tokens: int = 16
     """Keys per block (m) [1]."""
     init_tokens: int = 16

@@ -230,7 +230,7 @@ def measure(
 
 def _text(model: Model, view: View, questions: Questions) -> dict[str, Any]:
     """Returns losses by domain and position, by sequence, and the kept attention mass by domain."""
-    edges = torch.tensor(POSITION_EDGES, device=model.groups.device)
+    edges = torch.tensor(POSITION_EDGES, dtype=torch.int32, device=model.groups.device)
     by_position: dict[str, Tensor] = {}
     by_sequence: dict[str, list[list[float]]] = {}
     mass: dict[str, dict[str, float | None]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -164,9 +163,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _values(records: list[Record], question: Question, view: Callable[[Record], str] = own_view) -> str:
+def _values(records: list[Record], question: Question, view: str | None = None) -> str:
+    """Returns mean and spread over seeds, in a view or in the one that each model was trained for."""
     digits = 4 if question.lower_is_better else 3
-    return mean_and_spread([question.value(r, view(r)) for r in records], digits)
+    return mean_and_spread([question.value(r, view or own_view(r)) for r in records], digits)
 
 
 def _main_table(by_variant: dict[str, list[Record]]) -> str:
@@ -194,9 +194,9 @@ def _matrices(by_variant: dict[str, list[Record]]) -> list[str]:
             views = _topk_views(records[0])
             if not views:
                 continue
-            cells = [_values(records, question, lambda _, view=view: view) for view in views.values()]
+            cells = [_values(records, question, view) for view in views.values()]
             trained = str(records[0]["settings"]["attention.train_topk"])
-            dense = _values(records, question, lambda _: "dense")
+            dense = _values(records, question, "dense")
             rows.append([name, trained, *cells, dense])
         head = ["trained with", "k in training", *(f"k = {k}" for k in TOPKS), "all keys"]
         parts.append(f"{question.name}:\n\n{_table(head, rows)}\n")
@@ -214,7 +214,7 @@ def _dense_evaluated_sparse(by_variant: dict[str, list[Record]]) -> list[str]:
         for selector in selectors:
             have = [r for r in records if f"{selector}/k{TOPKS[0]}" in r["views"]]
             views = [f"{selector}/k{k}" for k in TOPKS]
-            cells = [_values(have, question, lambda _, view=view: view) for view in views]
+            cells = [_values(have, question, view) for view in views]
             rows.append([selector, *cells, _values(have, question)])
         head = ["evaluated with", *(f"k = {k}" for k in TOPKS), "all keys"]
         parts.append(f"{question.name}:\n\n{_table(head, rows)}\n")

@@ -1,7 +1,8 @@
 """`phsa-train claim-study prepare`: text files to a tokenizer and the prepared sets of the study.
 
-Documents are held out by a hash of their text, so that a repeated document is on one side only. The
-vocabulary is learned from training text alone; retrieval documents are made from each side's own prose.
+Repeated documents are dropped, the rest is ordered by a hash of its text, and one in 25 is held out: a
+document is on one side only, whatever files it came from. The vocabulary is learned from training text alone;
+retrieval documents are made from each side's own prose.
 """
 
 from __future__ import annotations
@@ -107,9 +108,8 @@ def _split(domain: str, files: list[Path]) -> dict[str, list[str]]:
     for text in _documents(domain, files):
         found[hashlib.sha256(text.encode()).digest()] = text
     split: dict[str, list[str]] = {name: [] for name in SPLITS}
-    for digest in sorted(found):
-        # Not the leading bytes, by which the documents are ordered.
-        held_out = int.from_bytes(digest[-4:], "big") % _VALID_ONE_IN == 0
+    for number, digest in enumerate(sorted(found)):
+        held_out = number % _VALID_ONE_IN == _VALID_ONE_IN // 2
         split["valid" if held_out else "train"].append(found[digest])
     for name, documents in split.items():
         if not documents:

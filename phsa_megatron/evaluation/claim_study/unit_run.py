@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import time
@@ -121,6 +122,10 @@ def run_unit(
                 }
         finally:
             groups.close()
+    # The next unit has all of the device's memory again.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     path = unit_file(out, unit)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, ensure_ascii=False) + "\n")

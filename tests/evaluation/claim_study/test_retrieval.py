@@ -13,7 +13,7 @@ from phsa_megatron.evaluation.claim_study.retrieval import (
 
 NUMBER = re.compile(r"\d{4}")
 FILLER = {
-    "english": [f"The {w} went over the hill and saw the sea." for w in "fox hen cow cat dog owl".split()],
+    "english": [f"The {w} went over the hill and saw the sea." for w in ("fox", "hen", "cow", "cat", "owl")],
     "chinese": [f"那只{w}走过山坡，看见了大海。" for w in "狐母公猫狗鹰"],
 }
 
