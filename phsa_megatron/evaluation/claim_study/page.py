@@ -93,6 +93,7 @@ def write_page(units: Path, page: Path) -> str:
         _head(by_variant, page),
         "## What follows from the numbers\n",
         *_verdicts(by_variant),
+        _by_topk(by_variant),
         "\n## Every model with the attention that it was trained for\n",
         _main_table(by_variant),
         *_pictures(by_variant, page),
@@ -156,6 +157,35 @@ def _verdicts(by_variant: dict[str, list[Record]]) -> list[str]:
                 f"{found.high:+.4f}; {found.evidence}): **{found.verdict}**"
             )
     return lines
+
+
+def _by_topk(by_variant: dict[str, list[Record]]) -> str:
+    """Returns PHSA minus the others at every k in inference, with the better and the worse in bold."""
+    rows = []
+    for other in ("mean_pool", "infllm_v2", "random_tokens", "dense"):
+        if other not in by_variant or "phsa_en_zh" not in by_variant:
+            continue
+        for question in (*LOSSES, ALL_NEEDLES):
+            cells = []
+            for k in TOPKS:
+                theirs = "dense" if other == "dense" else f"k{k}"
+                found = difference(
+                    question,
+                    [(record, f"k{k}") for record in by_variant["phsa_en_zh"]],
+                    [(record, theirs) for record in by_variant[other]],
+                )
+                if found is None:
+                    cells.append("-")
+                elif found.verdict in ("better", "worse"):
+                    cells.append(f"**{found.mean:+.4f}** ({found.verdict})")
+                else:
+                    cells.append(f"{found.mean:+.4f}")
+            rows.append([other, question.name, *cells])
+    head = ["`phsa_en_zh` minus", "quantity", *(f"k = {k}" for k in TOPKS)]
+    return (
+        "\nThe same at every k in inference, trained at k = 2; bold where the interval leaves 0 out:\n\n"
+        + _table(head, rows)
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

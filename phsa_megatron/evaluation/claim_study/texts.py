@@ -168,6 +168,6 @@ def _write_set(request: TextRequest, tokenizer_file: Path, name: str, texts: lis
             overwrite=True,
         )
     )
-    if not name.endswith("_valid"):
-        path.unlink()  # trials are made from held-out text alone
+    if name not in {f"{domain}_valid" for domain in PROSE.values()}:
+        path.unlink()  # trials are made from held-out prose alone
     return f"{request.output / name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"

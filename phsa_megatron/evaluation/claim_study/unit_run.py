@@ -144,8 +144,8 @@ def _train(run: Run, should_leave: Callable[[], bool], hear: Callable[[Heard], N
                 run.save(must_succeed=True)
                 return False
             result = train_step(run.parts, batches, run.table, run.state, run.progress)
-            run.meter.add(batches)
             step = run.state.step
+            run.meter.add(batches, step)
             if step % every == 0 or step == steps:
                 values = run.meter.record(run, result)
                 run.recorder.log(step, values)

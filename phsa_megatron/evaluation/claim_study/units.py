@@ -16,7 +16,12 @@ from phsa_megatron.config.derive import derive, world_size
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.keys import did_you_mean
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, KernelImpl, TrainConfig
-from phsa_megatron.config.selector_kinds import EAGER_ONLY, WITHOUT_SELECTION
+from phsa_megatron.config.selector_kinds import (
+    EAGER_ONLY,
+    WITH_PARAMETERS,
+    WITHOUT_SELECTION,
+    learned_selector,
+)
 from phsa_megatron.config.validate import validate
 from phsa_megatron.config.yaml_file import leaves
 
@@ -132,6 +137,12 @@ def _configure(variant: Variant, seed: int, overrides: list[str], runs: Path) ->
     config = compose(arguments).config
     config.attention = with_eager_choice(config.attention)
     validate(config)
+    learned = learned_selector(config.attention)
+    if learned is not None or config.attention.align_coeff:
+        raise ConfigError(
+            f"--variants {variant.name}: {learned or 'attention.align_coeff'} trains more than the rest does, so "
+            "that units of a seed would not start alike; the study takes selectors without parameters"
+        )
     if world_size(config) != 1:
         raise ConfigError("the study trains in one process: set cluster=local_gpu or cluster=local_cpu")
     return config
@@ -139,7 +150,7 @@ def _configure(variant: Variant, seed: int, overrides: list[str], runs: Path) ->
 
 def with_eager_choice(attention: AttentionConfig) -> AttentionConfig:
     """Returns the settings, with an eager choice beside Triton attention where a selector has no kernel."""
-    eager = attention.kind == AttentionKind.phsa and attention.selector in EAGER_ONLY
+    eager = attention.kind == AttentionKind.phsa and attention.selector in EAGER_ONLY - WITH_PARAMETERS
     if eager and attention.impl == KernelImpl.triton:
         return replace(attention, select_impl=KernelImpl.reference)
     return attention

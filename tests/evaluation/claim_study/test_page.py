@@ -88,6 +88,8 @@ def test_the_page_says_what_the_numbers_say(units, tmp_path):
     assert "**worse**" in lines[question + 1]
     (question,) = [n for n, line in enumerate(lines) if "Does it beat random tokens?" in line]
     assert "**no difference is shown**" in lines[question + 1]
+    (row,) = [line for line in lines if line.startswith("| mean_pool | loss, English |")]
+    assert row.count("(better)") == 5
     assert "Not measured: phsa_en_zh and infllm_v2 are not both there." in text
     assert "Not trained: phsa, infllm_v2, cumulant, phsa_en_zh_k1." in text
     assert "| phsa_en_zh_k4 | 4 | 3 |" in text

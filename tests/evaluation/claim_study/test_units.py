@@ -65,6 +65,7 @@ def test_another_budget_is_refused(units):
     [
         (["fhsa"], [], "Did you mean phsa"),
         (["phsa", "phsa"], [], "at most once"),
+        (["phsa", "indexer"], [], "indexer trains more than the rest"),
         (["phsa"], ["attention.train_topk=4"], "the study sets it itself"),
     ],
 )
