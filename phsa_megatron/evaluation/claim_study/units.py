@@ -140,8 +140,8 @@ def _configure(variant: Variant, seed: int, overrides: list[str], runs: Path) ->
     learned = learned_selector(config.attention)
     if learned is not None or config.attention.align_coeff:
         raise ConfigError(
-            f"--variants {variant.name}: {learned or 'attention.align_coeff'} trains more than the rest does, so "
-            "that units of a seed would not start alike; the study takes selectors without parameters"
+            f"--variants {variant.name}: {learned or 'attention.align_coeff'} trains more than the rest: "
+            "units of a seed would not be alike; the study takes selectors without parameters"
         )
     if world_size(config) != 1:
         raise ConfigError("the study trains in one process: set cluster=local_gpu or cluster=local_cpu")
