@@ -100,6 +100,8 @@ def write_page(units: Path, page: Path) -> str:
         "\n## Training k against inference k\n",
         *_matrices(by_variant),
         *_dense_evaluated_sparse(by_variant),
+        "\n## By domain\n",
+        _domains(by_variant),
         "\n## By position in the document\n",
         _positions(by_variant),
         "\n## Needles by length and depth\n",
@@ -249,6 +251,14 @@ def _dense_evaluated_sparse(by_variant: dict[str, list[Record]]) -> list[str]:
         head = ["evaluated with", *(f"k = {k}" for k in TOPKS), "all keys"]
         parts.append(f"{question.name}:\n\n{_table(head, rows)}\n")
     return parts
+
+
+def _domains(by_variant: dict[str, list[Record]]) -> str:
+    first = next(iter(by_variant.values()))[0]
+    domains = sorted(first["views"][own_view(first)]["nats_and_tokens_by_sequence"])
+    questions = [loss_question(domain, domain.__eq__) for domain in domains]
+    rows = [[name, *(_values(records, q) for q in questions)] for name, records in by_variant.items()]
+    return _table(["trained with", *domains], rows)
 
 
 def _positions(by_variant: dict[str, list[Record]]) -> str:

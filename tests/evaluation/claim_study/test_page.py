@@ -90,6 +90,7 @@ def test_the_page_says_what_the_numbers_say(units, tmp_path):
     assert "**no difference is shown**" in lines[question + 1]
     (row,) = [line for line in lines if line.startswith("| mean_pool | loss, English |")]
     assert row.count("(better)") == 5
+    assert "| trained with | chinese_prose | english_prose | retrieval_english |" in text
     assert "Not measured: phsa_en_zh and infllm_v2 are not both there." in text
     assert "Not trained: phsa, infllm_v2, cumulant, phsa_en_zh_k1." in text
     assert "| phsa_en_zh_k4 | 4 | 3 |" in text
