@@ -178,15 +178,15 @@ def _by_topk(by_variant: dict[str, list[Record]]) -> str:
                 )
                 if found is None:
                     cells.append("-")
-                elif found.verdict in ("better", "worse"):
+                elif found.verdict.startswith(("better", "worse")):
                     cells.append(f"**{found.mean:+.4f}** ({found.verdict})")
                 else:
                     cells.append(f"{found.mean:+.4f}")
             rows.append([other, question.name, *cells])
     head = ["`phsa_en_zh` minus", "quantity", *(f"k = {k}" for k in TOPKS)]
     return (
-        "\nThe same at every k in inference, trained at k = 2; bold where the interval leaves 0 out:\n\n"
-        + _table(head, rows)
+        "\nThe same at every k in inference, trained at k = 2; bold where the interval leaves 0 out. "
+        "About one interval in twenty does so by chance, here and above.\n\n" + _table(head, rows)
     )
 
 

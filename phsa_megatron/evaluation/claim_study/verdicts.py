@@ -21,6 +21,8 @@ Record = dict[str, Any]
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantiles of Student's t with 1, 2, ... degrees of freedom."""
 _RESAMPLES = 4000
+_FLOOR_FRAC = 0.02
+"""Below this share of needles, and above what is left of 1, two variants cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Difference:
 
     Attributes:
         mean: over seeds.
+        ours: the first variant's quantity, mean over seeds.
+        theirs: the second's.
         low: end of the 95% interval.
         high: the other end.
         num_seeds: that both variants have.
@@ -119,6 +123,8 @@ class Difference:
     """
 
     mean: float
+    ours: float
+    theirs: float
     low: float
     high: float
     num_seeds: int
@@ -127,10 +133,16 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Returns better, worse, or that no difference is shown."""
+        """Returns better, worse, that no difference is shown, or why nothing can be said."""
+        if not self.lower_is_better and max(self.ours, self.theirs) < _FLOOR_FRAC:
+            return "nothing can be said, neither finds them"
+        if not self.lower_is_better and min(self.ours, self.theirs) > 1 - _FLOOR_FRAC:
+            return "nothing can be said, both find them"
         if self.low <= 0 <= self.high:
             return "no difference is shown"
-        return "better" if (self.mean < 0) == self.lower_is_better else "worse"
+        side = "better" if (self.mean < 0) == self.lower_is_better else "worse"
+        # The noise of training is unknown: another seed could turn it around.
+        return side if self.num_seeds > 1 else f"{side} in this one seed"
 
     @property
     def evidence(self) -> str:
@@ -166,7 +178,16 @@ def difference(
         low, high = mean(by_seed) - half, mean(by_seed) + half
     else:
         low, high = _bootstrap(ours_items, theirs_items)
-    return Difference(mean(by_seed), low, high, len(seeds), len(ours_items), question.lower_is_better)
+    return Difference(
+        mean=mean(by_seed),
+        ours=mean(question.value(*ours[seed]) for seed in seeds),
+        theirs=mean(question.value(*theirs[seed]) for seed in seeds),
+        low=low,
+        high=high,
+        num_seeds=len(seeds),
+        num_items=len(ours_items),
+        lower_is_better=question.lower_is_better,
+    )
 
 
 def _bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:

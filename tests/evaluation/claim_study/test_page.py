@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from phsa_megatron.config.errors import TrainingError
-from phsa_megatron.evaluation.claim_study.page import ENGLISH, read_records, write_page
+from phsa_megatron.evaluation.claim_study.page import ALL_NEEDLES, ENGLISH, read_records, write_page
 from phsa_megatron.evaluation.claim_study.retrieval import DEPTHS, LANGUAGES, TASKS
 from phsa_megatron.evaluation.claim_study.units import TOPKS
 from phsa_megatron.evaluation.claim_study.verdicts import Question, difference, own_view
@@ -123,7 +123,7 @@ def test_one_seed_has_the_noise_of_questions_only():
     ours, theirs = made_record("a", 0, 2.9), made_record("b", 0, 3.0)
     found = difference(ENGLISH, [(ours, "k2")], [(theirs, "k2")])
     assert found.num_seeds == 1 and "training noise is not in it" in found.evidence
-    assert found.low <= found.mean <= found.high < 0 and found.verdict == "better"
+    assert found.low <= found.mean <= found.high < 0 and found.verdict == "better in this one seed"
     # Pairs: the spread between sequences, 0.3, is in both and falls out.
     assert found.high - found.low < 1e-6 and found.mean == pytest.approx(-0.1)
 
@@ -137,6 +137,12 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
         inside += difference(question, a, b).verdict == "no difference is shown"
     # 950 expected; the standard deviation of the count is 6.9.
     assert 922 <= inside <= 978
+
+
+@pytest.mark.parametrize(("found", "words"), [(0.0, "neither finds"), (1.0, "both find"), (0.5, "no diff")])
+def test_needles_that_nobody_or_everybody_finds_say_nothing(found, words):
+    a, b = ([(made_record(name, seed, 3.0, found), "k2") for seed in (0, 1)] for name in "ab")
+    assert words in difference(ALL_NEEDLES, a, b).verdict
 
 
 def test_own_view_is_that_of_training():
