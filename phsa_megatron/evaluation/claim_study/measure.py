@@ -194,10 +194,18 @@ class Model:
             recorder: sees what is selected.
         """
         device = self.groups.device
+        boundaries = cu_seqlens
         tokens, cu_seqlens = tokens.to(device), cu_seqlens.to(device)
         table = self.table(view.attention)
         side_info = SideInfo.build(
-            tokens, cu_seqlens, table, view.attention, view.topk, recorder, is_dense=view.is_dense
+            tokens,
+            cu_seqlens,
+            table,
+            view.attention,
+            view.topk,
+            recorder,
+            is_dense=view.is_dense,
+            host_cu_seqlens=boundaries,
         )
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         labels = None if labels is None else labels.to(device)

@@ -63,7 +63,7 @@ VARIANTS = {
             (_EN_ZH,),
             "control: as many random tokens of each block as are English or Chinese punctuation",
         ),
-        Variant("cumulant", "cumulant", (), "mean and variance of each block, without parameters"),
+        Variant("halves", "halves", (), "the better of two half-block means: most needles untrained"),
         Variant("phsa_en_zh_k1", "phsa_en_zh", ("attention.train_topk=1",), "trained at k = 1"),
         Variant("phsa_en_zh_k4", "phsa_en_zh", ("attention.train_topk=4",), "trained at k = 4"),
     )

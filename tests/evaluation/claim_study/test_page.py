@@ -92,7 +92,7 @@ def test_the_page_says_what_the_numbers_say(units, tmp_path):
     assert row.count("(better)") == 5
     assert "| trained with | chinese_prose | english_prose | retrieval_english |" in text
     assert "Not measured: phsa_en_zh and infllm_v2 are not both there." in text
-    assert "Not trained: phsa, infllm_v2, cumulant, phsa_en_zh_k1." in text
+    assert "Not trained: phsa, infllm_v2, halves, phsa_en_zh_k1." in text
     assert "| phsa_en_zh_k4 | 4 | 3 |" in text
     for name in ("english", "chinese", "needles"):
         assert (tmp_path / f"claim_{name}.png").read_bytes().startswith(b"\x89PNG")
