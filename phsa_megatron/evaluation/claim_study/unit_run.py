@@ -19,7 +19,7 @@ from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.resolved import write_atomically
 from phsa_megatron.config.run_folder import RunFolder
-from phsa_megatron.config.schema import Device
+from phsa_megatron.config.schema import Device, TrainConfig
 from phsa_megatron.config.yaml_file import leaves
 from phsa_megatron.evaluation.claim_study.measure import Measures, Model, Questions, measure
 from phsa_megatron.evaluation.claim_study.units import Unit, View
@@ -58,7 +58,13 @@ def finished_record(out: Path, unit: Unit, measures: Measures) -> dict[str, Any]
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     now = _settings(unit) | {"measures": json.loads(json.dumps(asdict(measures)))}
     then = record["settings"] | {"measures": record["measures"]}
-    changed = [key for key in sorted(now | then) if now.get(key) != then.get(key)]
+    # A setting that is newer than the record had its default then.
+    defaults = _leaves(TrainConfig())
+    changed = [
+        key
+        for key in sorted(now | then)
+        if now.get(key, defaults.get(key)) != then.get(key, defaults.get(key))
+    ]
     if changed:
         raise TrainingError(
             f"{path} was made with other settings ({', '.join(changed)}): use another --out, or move it away"
@@ -101,6 +107,7 @@ def run_unit(
                 opened_s = time.perf_counter()
                 if not _train(run, should_leave, hear):
                     return None
+                run.meter.stop(run.state)  # brings the time of training up to date, over all its starts
                 trained_s = time.perf_counter()
                 peak = torch.cuda.max_memory_allocated() / 2**30 if groups.device.type == "cuda" else None
                 hear(Heard(run.derived.total_tokens, "evaluates"))
@@ -116,7 +123,7 @@ def run_unit(
                     "peak_memory_gib": peak,
                     "seconds": {
                         "open": opened_s - start_s,
-                        "train": trained_s - opened_s,
+                        "train": run.state.wall_s,
                         "evaluate": time.perf_counter() - trained_s,
                     },
                 }
@@ -174,8 +181,11 @@ def _first_weights(run: Run) -> str:
 def _settings(unit: Unit) -> dict[str, Any]:
     """Returns all settings that shape the numbers, by dotted key."""
     left_out = ("run.root_dir", "run.num_threads")
-    values = json.loads(json.dumps(asdict(unit.config)))
-    return {key: value for key, value in leaves(values) if key not in left_out}
+    return {key: value for key, value in _leaves(unit.config).items() if key not in left_out}
+
+
+def _leaves(config: TrainConfig) -> dict[str, Any]:
+    return dict(leaves(json.loads(json.dumps(asdict(config)))))
 
 
 def _record(unit: Unit, run: Run, measures: Measures) -> dict[str, Any]:

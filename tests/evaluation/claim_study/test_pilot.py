@@ -150,13 +150,15 @@ def test_losses_by_position_and_by_sequence_are_the_same_sum(out):
 
 
 def test_a_unit_that_was_left_goes_on_to_the_same_record(prepared, out, tmp_path, monkeypatch):
+    first = read(out, "phsa_en_zh")
     asked = iter([False] * 3 + [True] * 1000)
     monkeypatch.setattr(command, "run_unit", _leaving(command.run_unit, lambda: next(asked)))
     assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
     assert not (tmp_path / "units").exists()
     monkeypatch.undo()
     assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
-    again, first = read(tmp_path, "phsa_en_zh"), read(out, "phsa_en_zh")
+    again = read(tmp_path, "phsa_en_zh")
+    assert again["tokens"] == first["tokens"] and again["seconds"]["train"] > 0
     assert again["views"] == first["views"] and again["train_loss_nats"] == first["train_loss_nats"]
 
 
@@ -171,6 +173,12 @@ def test_finished_units_are_kept_and_other_settings_refused(prepared, out, capsy
     before = {path: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
     assert run(prepared, out) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
+    # A record from before a setting existed is of its default.
+    path = out / "units" / "dense-seed0.json"
+    record = json.loads(path.read_text())
+    assert record["settings"].pop("attention.select_impl") is None
+    path.write_text(json.dumps(record))
+    assert run(prepared, out) == 0
     with pytest.raises(TrainingError, match=r"other settings \(optim.lr\)"):
         run(prepared, out, "optim.lr=1e-3")
 
