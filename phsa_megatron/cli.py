@@ -329,6 +329,10 @@ COMMANDS: dict[str, Command] = {
         "measure whole training steps at full size on one GPU",
         _in_megatron("phsa_megatron.evaluation.full_size.command"),
     ),
+    "claim-study": Command(
+        "train small models with every attention, and compare losses, needles and kept mass",
+        _in_megatron("phsa_megatron.evaluation.claim_study.command"),
+    ),
     "selector-study": Command(
         "needles and attention mass of every selector on SmolLM2-135M",
         _in_megatron("phsa_megatron.evaluation.selector_study"),

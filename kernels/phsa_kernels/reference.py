@@ -163,12 +163,12 @@ def attend(
     return torch.cat(outs)[undo].to(q.dtype), torch.cat(lses)[undo].float()
 
 
-def _chunks_by_document(q_doc: Tensor) -> list[Tensor]:
+def _chunks_by_document(q_doc: Tensor, num_queries: int = _CHUNK_QUERIES) -> list[Tensor]:
     """Return row indices of the queries, grouped by document, in chunks, covering every row once."""
     order = q_doc.argsort(stable=True)
     chunks = []
     for rows in order.split_with_sizes(q_doc.bincount().tolist()):
-        chunks += [rows[i : i + _CHUNK_QUERIES] for i in range(0, len(rows), _CHUNK_QUERIES)]
+        chunks += [rows[i : i + num_queries] for i in range(0, len(rows), num_queries)]
     return chunks
 
 

@@ -28,6 +28,7 @@ from phsa_kernels.reference import _best_blocks, _chunks_by_document, _lengths, 
 KINDS = ("cumulant", "minmax", "two_means", "moba", "infllm_v2")
 WINDOW_TOKENS, STRIDE_TOKENS = 32, 16
 """InfLLM-V2's pooling windows."""
+_CPU_CHUNK_QUERIES, _GPU_CHUNK_QUERIES = 128, 4096
 COARSE_WINDOW_TOKENS, COARSE_STRIDE_TOKENS = 128, 64
 """InfLLM-V2's windows for an approximate normalizer."""
 
@@ -250,7 +251,9 @@ def select_blocks(
             )
         return vectors_of_doc[doc]
 
-    for rows in _chunks_by_document(q_doc):
+    # Few large chunks keep a GPU busy; a CPU keeps small ones in its caches.
+    chunk = _GPU_CHUNK_QUERIES if q.is_cuda else _CPU_CHUNK_QUERIES
+    for rows in _chunks_by_document(q_doc, chunk):
         doc, position = int(q_doc[rows[0]]), q_pos[rows].long()
         if lengths[doc] < m:
             continue

@@ -151,7 +151,7 @@ def choose_blocks_by_weights(
         mean_weight_frac=attention.mean_weight_frac,
         coarse_lse=attention.coarse_lse,
         softmax_scale=softmax_scale,
-        impl=attention.impl.value,
+        impl=(attention.select_impl or attention.impl).value,
     )
 
 

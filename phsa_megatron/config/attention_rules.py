@@ -23,6 +23,7 @@ from phsa_megatron.config.selector_kinds import (
     EAGER_ONLY,
     ONE_POOLED_KEY,
     OWN_GROUP_SCORE,
+    WITH_PARAMETERS,
     WITHOUT_SECOND_BRANCH,
     WITHOUT_SELECTION,
 )
@@ -100,13 +101,28 @@ def _selector_of_dense(config: TrainConfig) -> Iterator[str]:
 
 def _selector_impl(config: TrainConfig) -> Iterator[str]:
     attention = config.attention
-    if attention.impl == KernelImpl.triton and attention.selector in EAGER_ONLY:
+    eager_only = attention.selector in EAGER_ONLY
+    apart = EAGER_ONLY - WITH_PARAMETERS
+    if attention.select_impl is not None and (
+        attention.select_impl != KernelImpl.reference
+        or attention.selector not in apart
+        or attention.kind == AttentionKind.dense
+    ):
+        yield broken(
+            "attention.select_impl",
+            attention.select_impl,
+            f"only a selector without a kernel ({', '.join(sorted(apart))}) chooses apart from "
+            "attention.impl, and then by reference",
+            "set attention.select_impl=null, and attention.impl for everything",
+        )
+    if attention.impl == KernelImpl.triton and eager_only and attention.select_impl is None:
         served = ", ".join(sorted(ONE_POOLED_KEY | {Selector.window}))
         yield broken(
             "attention.selector",
             attention.selector,
             f"attention.impl=triton scores one pooled vector a block by its dot product: {served}",
-            "set attention.impl=reference, or one of these selectors",
+            "set attention.select_impl=reference (an eager choice, attention by Triton), "
+            "attention.impl=reference, or one of these selectors",
         )
 
 

@@ -97,6 +97,7 @@ RULES: dict[str, ResumeRule] = {
     "attention.dense_len_tokens": _ATTENTION,
     "attention.control_seed": _ATTENTION,
     "attention.coarse_lse": _ATTENTION,
+    "attention.select_impl": _ROUNDING,
     "attention.dense_layers": _ATTENTION,
     "attention.topk_schedule": _ATTENTION,
     "attention.topk_dense_steps": _ATTENTION,

@@ -82,6 +82,8 @@ class AttentionConfig:
     """What chooses the blocks of kind=phsa: PHSA's pooled key, a baseline, a control or a better pool."""
     impl: KernelImpl = KernelImpl.reference
     """Implementation of the PHSA ops; used or refused, never swapped."""
+    select_impl: KernelImpl | None = None
+    """What chooses blocks for a selector without a kernel, beside impl=triton: reference; null is impl."""
     block_tokens: int = 16
     """Keys per block (m) [1]."""
     init_tokens: int = 16

@@ -4,12 +4,25 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from phsa_kernels import selectors
 from phsa_kernels.api import phsa_attention
+from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
-from phsa_megatron.config.schema import AttentionConfig, PunctuationLanguage, PunctuationMatch, Selector
-from phsa_megatron.config.selector_kinds import WITH_PARAMETERS, WITHOUT_SECOND_BRANCH, WITHOUT_SELECTION
+from phsa_megatron.config.schema import (
+    AttentionConfig,
+    KernelImpl,
+    PunctuationLanguage,
+    PunctuationMatch,
+    Selector,
+)
+from phsa_megatron.config.selector_kinds import (
+    EAGER_ONLY,
+    WITH_PARAMETERS,
+    WITHOUT_SECOND_BRANCH,
+    WITHOUT_SELECTION,
+)
 
 S, B, D, M, HEADS, KV = 160, 2, 8, 16, 4, 2
 BOUNDS = [0, 7, 160, 161, 318, 320, 320]
@@ -143,6 +156,22 @@ def test_better_pools_have_a_punctuation_branch(selector):
     inputs = qkv()
     joined, plain = (run(settings_of(selector, mean_weight_frac=lam), inputs)[1].ids for lam in (0.5, 1.0))
     assert not torch.equal(joined, plain)
+
+
+@pytest.mark.parametrize("selector", sorted(EAGER_ONLY - WITH_PARAMETERS))
+def test_a_selector_without_a_kernel_chooses_eagerly_beside_triton(selector, monkeypatch):
+    def choose(**impls):
+        settings = settings_of(selector, **impls)
+        side = info(settings)
+        q, k, _ = (x.detach().transpose(0, 1).reshape(S * B, -1, D) for x in qkv(torch.float32))
+        return choose_blocks(q, k, *side.positions(), side, settings, 2, None)
+
+    expected = choose()
+    with pytest.raises(NotImplementedError, match="impl='reference' only"):
+        choose(impl=KernelImpl.triton)
+    # As few chunks of queries as a GPU gets.
+    monkeypatch.setattr(selectors, "_CPU_CHUNK_QUERIES", 4096)
+    assert torch.equal(choose(impl=KernelImpl.triton, select_impl=KernelImpl.reference), expected)
 
 
 def test_coarse_normalizer_and_group_score_are_used():

@@ -47,6 +47,11 @@ BROKEN = [
     ),
     (
         "_selector_impl",
+        {"attention.select_impl": KernelImpl.reference},
+        ["select_impl=reference", "without a kernel", "select_impl=null"],
+    ),
+    (
+        "_selector_impl",
         {
             "attention.selector": Selector.minmax,
             "attention.impl": KernelImpl.triton,

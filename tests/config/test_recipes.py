@@ -33,7 +33,7 @@ def test_there_are_the_promised_recipes():
         for s in ("0p6b", "8b")
         for n in ("4k", "32k")
     }
-    assert set(RECIPES) == names | {"phsa_demo_cpu"}
+    assert set(RECIPES) == names | {"phsa_demo_cpu", "phsa_34m_claim_1gpu_h100_bf16_4k"}
 
 
 @pytest.mark.parametrize("path", sorted(recipes_dir().rglob("*.yaml")), ids=lambda p: p.stem)

@@ -1,0 +1,200 @@
+"""The whole pipeline at toy size: text to sets, units to records, a stop and a resume, records to a page."""
+
+import itertools
+import json
+
+import pytest
+
+from phsa_megatron.config.errors import ConfigError, TrainingError
+from phsa_megatron.data import demo
+from phsa_megatron.data.indexed import IndexedSource
+from phsa_megatron.data.manifest import FileRecord
+from phsa_megatron.evaluation.claim_study import command, texts
+from phsa_megatron.evaluation.claim_study.units import make_units
+
+pytestmark = pytest.mark.slow
+
+VARIANTS = ["phsa_en_zh", "dense", "infllm_v2"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Sets of a few demo documents, made by the command itself."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [
+        json.dumps({"text": "\n".join(f"Line {n} of page {page}: {n * page}." for n in range(60))})
+        for page in range(80)
+    ]
+    (folder / "manuals.jsonl").write_text("\n".join(lines))
+    (folder / "verse.jsonl").write_text("\n".join(lines).replace("Line", "行"))
+    few = {"english": 24, "chinese": 24}
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        texts,
+        "read_texts",
+        lambda language, split: itertools.islice(demo.read_texts(language, split), few[language]),
+    )
+    arguments = ["--text", f"english_manuals={folder}/manuals.jsonl", f"chinese_verse={folder}/verse.jsonl"]
+    arguments += ["--vocab-size", "1024", "--retrieval", "40", "--retrieval-tokens", "256"]
+    arguments += ["--max-tokens", "english_manuals=30000", "--output", str(folder / "sets")]
+    assert command.main(["prepare", *arguments]) == 0
+    patch.undo()
+    return folder / "sets"
+
+
+def settings(prepared):
+    sources = [
+        f"data.sources.{name}.{split}_prefix={prepared}/{name}_{split}"
+        for name in (
+            "english_prose",
+            "english_manuals",
+            "chinese_prose",
+            "chinese_verse",
+            "retrieval_english",
+            "retrieval_chinese",
+        )
+        for split in ("train", "valid")
+    ]
+    model = ["num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_query_heads=2", "num_kv_heads=1"]
+    return [
+        *sources,
+        *(f"model.{item}" for item in [*model, "head_dim=16", "vocab_size=1024"]),
+        f"data.tokenizer_file={prepared}/tokenizer.json",
+        "data.seq_len_tokens=256",
+        "cluster=local_cpu",
+        "run.dtype=fp32",
+        "run.num_threads=1",
+        "run.train_steps=6",
+        "attention.impl=reference",
+        "attention.local_tokens=32",
+        "optim.global_batch_sequences=2",
+        "optim.micro_batch_sequences=2",
+        "optim.warmup_steps=2",
+        "optim.decay_steps=2",
+        "monitoring.log_every_steps=2",
+        "evaluate.num_sequences_per_domain=2",
+        "evaluate.micro_batch_sequences=2",
+    ]
+
+
+def run(prepared, out, *more, variants=VARIANTS):
+    measures = ["--lengths", "128", "--trials", "1", "--prepared", str(prepared), "--out", str(out)]
+    changed = {item.partition("=")[0] for item in more}
+    kept = [item for item in settings(prepared) if item.partition("=")[0] not in changed]
+    return command.main(["run", *kept, *measures, *more, "--seeds", "0", "--variants", *variants])
+
+
+def read(out, name):
+    return json.loads((out / "units" / f"{name}-seed0.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def out(prepared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    assert run(prepared, folder) == 0
+    return folder
+
+
+def test_no_document_is_on_both_sides(prepared):
+    for domain in ("english_prose", "chinese_prose", "english_manuals"):
+        tokenizer = FileRecord.of(prepared / "tokenizer.json").sha256
+        source = {s: IndexedSource(prepared / f"{domain}_{s}", tokenizer) for s in ("train", "valid")}
+        documents = {split: {s.tokens(n).tobytes() for n in range(len(s))} for split, s in source.items()}
+        assert documents["train"] and documents["valid"]
+        assert not documents["train"] & documents["valid"]
+
+
+def test_every_unit_is_trained_and_asked_alike(out):
+    records = {name: read(out, name) for name in VARIANTS}
+    for key in ("first_weights_sha256", "data_fingerprint", "tokens", "steps"):
+        assert len({record[key] for record in records.values()}) == 1, key
+    assert records["dense"]["tokens"] == 6 * 2 * 256
+    own = records["phsa_en_zh"]["views"]
+    assert list(own) == ["k1", "k2", "k4", "k8", "k16", "dense"]
+    # 3 tasks, 2 languages, 5 depths.
+    assert len(own["k2"]["needles"]) == 30
+    assert (
+        set(own["k2"]["mass"])
+        == set(own["k2"]["nats_and_tokens_by_sequence"])
+        == {
+            "english_prose",
+            "english_manuals",
+            "chinese_prose",
+            "chinese_verse",
+            "retrieval_english",
+            "retrieval_chinese",
+        }
+    )
+    sparse = records["dense"]["views"]
+    assert {"dense", "phsa_en_zh/k1", "infllm_v2/k16"} <= set(sparse)
+
+
+def test_more_blocks_are_nearer_to_dense(out):
+    """k = 16 of 13 candidates is everything: the dense view has to agree, and k = 1 not to."""
+    views = read(out, "dense")["views"]
+
+    def nats(name):
+        return [x for rows in views[name]["nats_and_tokens_by_sequence"].values() for x, _ in rows]
+
+    for name in ("phsa_en_zh/k16", "infllm_v2/k16"):
+        assert nats(name) == pytest.approx(nats("dense"), rel=2e-5)
+    assert nats("phsa_en_zh/k1") != pytest.approx(nats("dense"), rel=2e-5)
+
+
+def test_losses_by_position_and_by_sequence_are_the_same_sum(out):
+    view = read(out, "phsa_en_zh")["views"]["k2"]
+    for domain, rows in view["nats_and_tokens_by_sequence"].items():
+        for i in range(2):
+            by_position = sum(cell[i] for cell in view["nats_and_tokens_by_position"][domain])
+            assert by_position == pytest.approx(sum(row[i] for row in rows), rel=1e-6)
+
+
+def test_a_unit_that_was_left_goes_on_to_the_same_record(prepared, out, tmp_path, monkeypatch):
+    first = read(out, "phsa_en_zh")
+    asked = iter([False] * 3 + [True] * 1000)
+    monkeypatch.setattr(command, "run_unit", _leaving(command.run_unit, lambda: next(asked)))
+    assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
+    assert not (tmp_path / "units").exists()
+    monkeypatch.undo()
+    assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
+    again = read(tmp_path, "phsa_en_zh")
+    assert again["tokens"] == first["tokens"] and again["seconds"]["train"] > 0
+    assert again["views"] == first["views"] and again["train_loss_nats"] == first["train_loss_nats"]
+
+
+def _leaving(original, should_leave):
+    def wrapped(out, unit, views, questions, _, hear):
+        return original(out, unit, views, questions, should_leave, hear)
+
+    return wrapped
+
+
+def test_finished_units_are_kept_and_other_settings_refused(prepared, out, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
+    assert run(prepared, out) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "units").iterdir()}
+    # A record from before a setting existed is of its default.
+    path = out / "units" / "dense-seed0.json"
+    record = json.loads(path.read_text())
+    assert record["settings"].pop("attention.select_impl") is None
+    path.write_text(json.dumps(record))
+    assert run(prepared, out) == 0
+    with pytest.raises(TrainingError, match=r"other settings \(optim.lr\)"):
+        run(prepared, out, "optim.lr=1e-3")
+
+
+def test_a_study_without_a_choice_is_refused(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="at least 50% must"):
+        run(prepared, tmp_path, "attention.local_tokens=192")
+
+
+def test_the_page_is_made_of_the_records(out, tmp_path):
+    assert command.main(["page", "--out", str(out), "--page", str(tmp_path / "claim")]) == 0
+    assert "How far is it from dense?" in (tmp_path / "claim.md").read_text()
+
+
+def test_the_plan_adds_up(prepared, tmp_path, capsys):
+    overrides = settings(prepared)
+    assert command.main(["plan", *overrides, "--tokens-per-s", "100", "--seeds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "9 units" in said and make_units(["dense"], [0], overrides, tmp_path)[0].name in said
