@@ -20,7 +20,7 @@ def test_values_are_multiplied_out_and_the_last_setting_changes_fastest():
 
 def test_glob_chooses_among_the_files_of_a_group():
     runs = expand(["attention=glob(phsa*)"])
-    assert [run.swept["attention"] for run in runs] == ["phsa", "phsa_en_zh"]
+    assert [run.swept["attention"] for run in runs] == ["phsa", "phsa_aligned", "phsa_en_zh"]
 
 
 def test_a_quoted_text_and_a_list_are_one_value():
