@@ -29,8 +29,11 @@ pretrain: $(READY) ## train the PHSA demo model on real text, then open runs/phs
 	$(BIN)/phsa-train prepare-demo
 	$(BIN)/phsa-train recipe=$(RECIPE)
 
+# A test file stays in one process, so that what its tests share is made once.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 test: $(READY) ## the fast test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu and not multigpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not multigpu"
 
 slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
 	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not multigpu"

@@ -76,7 +76,9 @@ def shape_sums(ids: Tensor, q_pos: Tensor, q_doc: Tensor, side_info: SideInfo, m
     chosen = (ids >= 0) & sparse[q_doc][:, None, None]
     marks = torch.nn.functional.pad(side_info.is_punctuation.reshape(-1).long().cumsum(0), (1, 0))
     first = bounds[:-1][q_doc][:, None, None] + ids.clamp(min=0).long() * m
-    punctuation = (marks[first + m] - marks[first])[chosen].double().sum() / m
+    # Where nothing is chosen the end may lie behind the last token: of a last document below one block.
+    end = (first + m).clamp(max=len(marks) - 1)
+    punctuation = (marks[end] - marks[first])[chosen].double().sum() / m
     distance = ((q_pos.long() // m)[:, None, None] - ids)[chosen]
     buckets = distance.clamp(min=1).double().log2().floor().long().clamp(max=NUM_DISTANCES - 1)
     kept, wanted = _neighbours(ids, chosen, q_pos, q_doc, max_rows)
