@@ -98,10 +98,7 @@ def _settings(arguments: argparse.Namespace) -> TrainConfig:
     from phsa_megatron.config.run_folder import RunFolder
     from phsa_megatron.config.schema import Device, KernelImpl
 
-    file = RunFolder(arguments.run).config_file
-    if not file.is_file():
-        raise ConfigError(f"{arguments.run} is no run folder: it has no {file.name}")
-    config = load(file)
+    config = load(RunFolder(arguments.run).existing_config())
     if arguments.device is not None:
         config.cluster.device = Device(arguments.device)
     if arguments.impl is not None:
@@ -130,17 +127,19 @@ def _opened(arguments: argparse.Namespace) -> Iterator[TextGenerator]:
     from phsa_megatron.inference.sampling import Sampling
     from phsa_megatron.inference.texts import TextGenerator
     from phsa_megatron.parallel.groups import initialize
+    from phsa_megatron.training.commit import read_marker
     from phsa_megatron.training.replay import single_process
-    from phsa_megatron.training.weights import load_model
+    from phsa_megatron.training.weights import find_checkpoint, load_model
 
     try:
         sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed, arguments.max_tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    checkpoint = find_checkpoint(RunFolder(arguments.run), arguments.step)
     config = single_process(config)
     groups = initialize(config)
     try:
-        model, step = load_model(RunFolder(arguments.run), config, groups, arguments.step)
+        model = load_model(checkpoint, config, groups)
         tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
         table = table_of(tokenizer.decoded_tokens(), config.attention).to(groups.device)
         generator = Generator(
@@ -152,6 +151,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[TextGenerator]:
             topk=arguments.topk,
             cuda_graph=arguments.cuda_graph,
         )
+        step = read_marker(checkpoint).step
         print(f"{arguments.run}, step {step}, {_described(config, generator.topk)}", file=sys.stderr)
         yield TextGenerator(generator, tokenizer, sampling)
     finally:

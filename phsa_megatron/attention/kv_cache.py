@@ -229,17 +229,26 @@ class DecodeStep(PackedSeqParams):  # type: ignore[misc]
     """bool [B]: whether the new token is in the second branch of its block."""
 
 
+def why_not_cached(attention: AttentionConfig) -> str | None:
+    """Return why pooled blocks cannot be kept up to date token by token, and whose can; None if they can."""
+    if attention.kind == AttentionKind.dense or attention.selector in CACHED_SELECTORS:
+        return None
+    served = ", ".join(selector.value for selector in CACHED_SELECTORS)
+    return (
+        f"attention.selector={attention.selector.value}: generation with a cache keeps two running sums of a "
+        f"block, enough for {served} and attention.kind=dense"
+    )
+
+
 def check_selector(attention: AttentionConfig) -> None:
     """Refuse a selector whose pooled block cannot be kept up to date token by token.
 
     Raises:
         ConfigError: it names those that can.
     """
-    if attention.kind == AttentionKind.dense or attention.selector in CACHED_SELECTORS:
-        return
-    served = ", ".join(selector.value for selector in CACHED_SELECTORS)
-    raise ConfigError(
-        f"attention.selector={attention.selector.value}: generation with a cache keeps two running sums of a "
-        f"block, enough for {served} and attention.kind=dense; use one of these, or the samples that "
-        "training writes (run.sample_prompts), which read the whole text again for every token"
-    )
+    why = why_not_cached(attention)
+    if why is not None:
+        raise ConfigError(
+            f"{why}; use one of these, or the samples that training writes (run.sample_prompts), which read "
+            "the whole text again for every token"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import TrainConfig
 
 _STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -60,6 +61,16 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
+
+    def existing_config(self) -> Path:
+        """Return the file of the run's settings.
+
+        Raises:
+            ConfigError: there is none, so that the folder is no run's.
+        """
+        if not self.config_file.is_file():
+            raise ConfigError(f"{self.path} is no run folder: it has no {self.config_file.name}")
+        return self.config_file
 
     def committed_steps(self) -> list[int]:
         """Return the steps of checkpoints with a commit marker, ascending; contents are not verified."""

@@ -1,4 +1,4 @@
-"""The weights of a run's checkpoint, whatever layout wrote it: one by one, all at once, and written anew."""
+"""The weights of a run's checkpoint, whatever layout wrote it: one by one, and written anew."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from phsa_megatron.config import compose
@@ -21,9 +20,10 @@ from phsa_megatron.parallel import mcore_checkpointing as shards
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.parallel.shard_reader import ShardReader
 from phsa_megatron.training import checkpoint_files as files
-from phsa_megatron.training.commit import CheckpointStore, read_marker, verify
+from phsa_megatron.training.commit import CheckpointStore
 from phsa_megatron.training.replay import single_process
 from phsa_megatron.training.state import TrainState
+from phsa_megatron.training.weights import bare
 
 # Its place among the ingredients of the data order (`data/order.py`), which every trained checkpoint names.
 _TOKENIZER = "data.tokenizer_file"
@@ -42,26 +42,6 @@ class Weight:
     name: str
     layer: int
     shape: Tensor
-
-
-def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
-    """Return the checkpoint of a step, or the newest that can be trusted.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or of a newer megatron-core.
-    """
-    store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
-    if step is None:
-        step = store.newest().newest
-        if step is None:
-            raise CheckpointError(f"{folder.path} holds no committed checkpoint: give the folder of a run")
-    elif step not in folder.committed_steps():
-        steps = ", ".join(map(str, folder.committed_steps())) or "none"
-        raise CheckpointError(f"{folder.path} has no committed checkpoint of step {step}; it has: {steps}")
-    checkpoint = store.path(step)
-    shards.check_readable(read_marker(checkpoint).made_with, checkpoint)
-    verify(checkpoint)
-    return checkpoint
 
 
 def settings_of(checkpoint: Path) -> TrainConfig:
@@ -113,25 +93,6 @@ def skeleton(config: TrainConfig, groups: Groups) -> torch.nn.Module:
     with meta:
         (model,) = build_model(config, dataclasses.replace(groups, device=meta))
     return bare(model)
-
-
-def bare(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model without megatron's bf16 wrapper."""
-    return model.module if isinstance(model, Float16Module) else model
-
-
-def load_model(checkpoint: Path, config: TrainConfig, groups: Groups) -> torch.nn.Module:
-    """Return the bare model of one process with a checkpoint's weights, in the dtype of `config`.
-
-    Raises:
-        CheckpointError: the checkpoint does not hold this model.
-    """
-    (chunk,) = build_model(config, groups)
-    model = bare(chunk)
-    loaded = shards.read(shards.model_state([model], groups), checkpoint / files.SHARDS_NAME)
-    with torch.no_grad():
-        model.load_state_dict(loaded["model"], strict=True)
-    return model.eval()
 
 
 def check_same_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:

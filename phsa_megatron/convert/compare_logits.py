@@ -19,8 +19,9 @@ from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import CheckpointError, DeviceError
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, Dtype, Selector, TrainConfig
 from phsa_megatron.config.selector_kinds import inference_topk
-from phsa_megatron.convert.checkpoint_weights import load_model, on_one_cpu
+from phsa_megatron.convert.checkpoint_weights import on_one_cpu
 from phsa_megatron.parallel.groups import initialize
+from phsa_megatron.training.weights import load_model
 
 TOLERANCE_FRAC = 1e-3
 """Largest accepted difference with dense attention, as a share of the largest logit.

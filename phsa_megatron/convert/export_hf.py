@@ -25,7 +25,6 @@ from phsa_megatron.convert.checkpoint_weights import (
     StreamedWeights,
     Weight,
     check_same_tokenizer,
-    find_checkpoint,
     settings_of,
 )
 from phsa_megatron.convert.folder_writer import Piece, new_folder, write_tensors
@@ -34,6 +33,7 @@ from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.model.huggingface_weights import huggingface_tensors
 from phsa_megatron.parallel.groups import Groups, initialize
 from phsa_megatron.training.commit import read_marker
+from phsa_megatron.training.weights import find_checkpoint
 
 GIB = 1 << 30
 

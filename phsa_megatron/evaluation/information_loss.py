@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from phsa_megatron.attention.core_attention import PHSACoreAttention
 from phsa_megatron.attention.information_loss import Information, InformationRecorder
 from phsa_megatron.attention.punctuation import table_of
 from phsa_megatron.config import compose
-from phsa_megatron.config.errors import CheckpointError, ConfigError
+from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, Selector, TrainConfig
 from phsa_megatron.config.selector_kinds import (
@@ -45,6 +45,7 @@ from phsa_megatron.training.information import new_recorder
 from phsa_megatron.training.optimizer import Parts, build_parts
 from phsa_megatron.training.replay import single_process
 from phsa_megatron.training.step import ForwardStep, forward_backward
+from phsa_megatron.training.weights import find_checkpoint
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parse(argv)
     folder = RunFolder(arguments.run)
-    config = single_process(compose.load(folder.config_file))
+    config = single_process(compose.load(folder.existing_config()))
     # Weights are the same: a dense run is measured as it would select.
     config.attention.kind = AttentionKind.phsa
     groups = initialize(config)
@@ -94,13 +95,9 @@ def measure(
     folder: RunFolder, config: TrainConfig, groups: Groups, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return one record for each selector and k, sums by layer and head among it."""
-    committed = folder.committed_steps()
-    if not committed:
-        raise CheckpointError(f"{folder.path} holds no committed checkpoint: train it first")
+    checkpoint = find_checkpoint(folder)
     parts = build_parts(config, groups)
-    checkpointer = Checkpointer(folder, config, groups)
-    path = folder.checkpoints_dir / f"step_{committed[-1]:08d}"
-    checkpointer.load_from(path, parts, weights_only=True)
+    step = Checkpointer(folder, config, groups).load_from(checkpoint, parts, weights_only=True).step
     tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
     reader = BatchReader(config, "valid", tokenizer)
     count = min(arguments.sequences, reader.num_sequences or 0)
@@ -118,10 +115,10 @@ def measure(
         changed = dataclasses.replace(config, attention=attention)
         recorder = new_recorder(changed, groups, arguments.rows)
         forward = ForwardStep(changed, table, topk, groups, recorder, is_dense=arguments.dense)
-        with attending(parts, attention):
+        with attending(parts.model, attention):
             for batch in batches:
                 _forward(parts, batch, forward)
-        results.append(_record(attention, topk, recorder, committed[-1], count))
+        results.append(_record(attention, topk, recorder, step, count))
     return results
 
 
@@ -152,9 +149,9 @@ def _forward(parts: Parts, batch: Batch, forward: ForwardStep) -> None:
 
 
 @contextmanager
-def attending(parts: Parts, attention: AttentionConfig) -> Iterator[None]:
+def attending(chunks: Sequence[torch.nn.Module], attention: AttentionConfig) -> Iterator[None]:
     """Give every layer these settings for a while."""
-    layers = [m for chunk in parts.model for m in chunk.modules() if isinstance(m, PHSACoreAttention)]
+    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, PHSACoreAttention)]
     before = [layer.attention for layer in layers]
     for layer in layers:
         layer.attention = attention

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from phsa_megatron.config.errors import CheckpointError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.convert import compare_logits, export_hf, import_hf
-from phsa_megatron.convert.checkpoint_weights import find_checkpoint, settings_of
+from phsa_megatron.convert.checkpoint_weights import settings_of
+from phsa_megatron.training.weights import find_checkpoint
 from tests.training.checkpoint_runs import SCRIPT_PROLOGUE, script_environment, write_script
 
 FOUR_PROCESSES = (

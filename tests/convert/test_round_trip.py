@@ -13,9 +13,10 @@ from phsa_megatron.config.huggingface import model_settings
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import Dtype
 from phsa_megatron.convert import compare_logits, export_hf, import_hf
-from phsa_megatron.convert.checkpoint_weights import find_checkpoint, settings_of
+from phsa_megatron.convert.checkpoint_weights import settings_of
 from phsa_megatron.convert.phsa_entry import phsa_entry, read_phsa_entry
 from phsa_megatron.data.tokenizer import Tokenizer
+from phsa_megatron.training.weights import find_checkpoint
 from tests.convert.conftest import EOD, TINY_PHSA
 
 BF16 = torch.bfloat16

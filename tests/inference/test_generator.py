@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from phsa_megatron.attention.kv_cache import CACHED_SELECTORS, DecodeStep
+from phsa_megatron.attention.kv_cache import CACHED_SELECTORS, DecodeStep, check_selector
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import (
+    AttentionConfig,
     AttentionKind,
     GroupScore,
     PunctuationLanguage,
@@ -241,6 +242,17 @@ def test_the_model_is_left_as_it_was(ready):
 def test_what_is_not_served_is_refused(ready, overrides, generator, message):
     with pytest.raises(ConfigError, match=message):
         ready(generator=generator, **overrides)
+
+
+@pytest.mark.parametrize("selector", [s for s in Selector if s not in CACHED_SELECTORS], ids=str)
+def test_selectors_without_a_cache_are_refused_by_name(selector):
+    """Those with weights of their own, nsa and indexer, are among them."""
+    attention = AttentionConfig(selector=selector)
+    with pytest.raises(ConfigError, match=rf"attention\.selector={selector.value}: .*enough for phsa, "):
+        check_selector(attention)
+    attention.kind = AttentionKind.dense
+    check_selector(attention)
+    assert {Selector.nsa, Selector.indexer}.isdisjoint(CACHED_SELECTORS)
 
 
 def test_a_layout_of_several_processes_is_refused(ready):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phsa_megatron.attention.kv_cache import why_not_cached
 from phsa_megatron.attention.punctuation import table_of
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config import compose
-from phsa_megatron.config.errors import CheckpointError, ConfigError
+from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.keys import did_you_mean
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import AttentionConfig, AttentionKind, KernelImpl, Selector, TrainConfig
@@ -23,14 +25,18 @@ from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.evaluation.information_loss import attending, swapped
 from phsa_megatron.evaluation.tasks.answerer import Request, Scored, TokenAnswerer, scored
 from phsa_megatron.inference.generate import generate
+from phsa_megatron.inference.generator import Generator
+from phsa_megatron.inference.sampling import Sampling
 from phsa_megatron.parallel.groups import Groups, initialize
-from phsa_megatron.training.checkpoint import Checkpointer
-from phsa_megatron.training.optimizer import Parts, build_parts
+from phsa_megatron.training.commit import read_marker
 from phsa_megatron.training.replay import single_process
+from phsa_megatron.training.weights import find_checkpoint, load_model
 
 OWN, DENSE = "own", "dense"
 """Names for `selector`: what the run was trained with, and full causal attention."""
 _LENGTH_MULTIPLE = 64
+_TOKENS_AT_ONCE = 64
+"""With a cache a token costs little, and to read the prompt again costs much."""
 _ROWS_OF_LOGITS = 512
 """Positions whose logits are in memory together: a long text times a large vocabulary is not."""
 
@@ -45,11 +51,13 @@ class CheckpointAnswerer(TokenAnswerer):
         topk: selected blocks per query here; None where nothing is selected.
         train_topk: k in training; None for a run with dense attention.
         attention: the settings that the layers use here.
+        without_cache: why every new token reads the whole text again; None where there is a cache.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        model: torch.nn.Module,
+        config: TrainConfig,
         groups: Groups,
         tokenizer: Tokenizer,
         *,
@@ -62,7 +70,8 @@ class CheckpointAnswerer(TokenAnswerer):
         """Look at a loaded model in one way; several of these may share one model.
 
         Args:
-            parts: the model, built with `attention.kind=phsa`, weights loaded.
+            model: the bare model, built with `attention.kind=phsa`, weights loaded.
+            config: of the run, for one process, with this kind.
             groups: of the one process.
             tokenizer: the run's.
             step: of the checkpoint.
@@ -72,25 +81,31 @@ class CheckpointAnswerer(TokenAnswerer):
             max_tokens: most tokens of a text; None is the training length.
 
         Raises:
-            ConfigError: no such selector, or k < 1.
+            ConfigError: no such selector for this run, or k < 1.
         """
-        own = parts.config.attention
-        self._parts, self._groups, self._tokenizer = parts, groups, tokenizer
-        self.attention = _attention(own, own_kind, selector, topk, parts.config.model.num_layers)
-        is_dense = len(self.attention.dense_layers) == parts.config.model.num_layers
+        own = config.attention
+        self._model, self._groups, self._tokenizer = model, groups, tokenizer
+        self.attention = _attention(own, own_kind, selector, topk, config.model.num_layers)
+        is_dense = len(self.attention.dense_layers) == config.model.num_layers
         self.selector = DENSE if is_dense else self.attention.selector.value
         self.topk = (
             inference_topk(self.attention) if selects_blocks(self.attention) and not is_dense else None
         )
         self.train_topk = own.train_topk if own_kind is AttentionKind.phsa and selects_blocks(own) else None
-        self.run, self.step = parts.config.run.name, step
+        self.run, self.step = config.run.name, step
         self.name = f"{self.run}, {self.selector}" + ("" if self.topk is None else f", k = {self.topk}")
-        self.max_tokens = max_tokens or parts.config.data.seq_len_tokens
+        self.max_tokens = max_tokens or config.data.seq_len_tokens
         self.eod_id = tokenizer.eod_id
         self._table = table_of(tokenizer.decoded_tokens(), self.attention).to(groups.device)
-        self._config = dataclasses.replace(parts.config, attention=self.attention)
-        for chunk in parts.model:
-            chunk.eval()
+        self._config = dataclasses.replace(config, attention=self.attention)
+        self.without_cache = why_not_cached(self.attention)
+        self._generator: Generator | None = None
+        if self.without_cache is None:
+            self.tokens_at_once = _TOKENS_AT_ONCE
+            self._generator = Generator(
+                model, self._config, self._table, vocab_size=tokenizer.vocab_size, eod_id=self.eod_id
+            )
+        self._has_told = False
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without special ones."""
@@ -101,10 +116,18 @@ class CheckpointAnswerer(TokenAnswerer):
         return self._tokenizer.decode(ids)
 
     def continued(self, ids: list[int], num_tokens: int) -> list[int]:
-        """Return at most `num_tokens` most likely tokens after `ids`."""
-        with attending(self._parts, self.attention):
+        """Return at most `num_tokens` most likely tokens after `ids`.
+
+        Where the selector has no cache, stderr gets the reason once.
+        """
+        with attending([self._model], self.attention):
+            if self._generator is not None:
+                return self._generator.generate([ids], Sampling(max_tokens=num_tokens))[0].tokens
+            if not self._has_told:
+                print(f"{self.name}: generated without a cache: {self.without_cache}", file=sys.stderr)
+                self._has_told = True
             return generate(
-                self._parts.model,
+                [self._model],
                 ids,
                 num_tokens,
                 config=self._config,
@@ -153,9 +176,9 @@ class CheckpointAnswerer(TokenAnswerer):
         side_info = SideInfo.build(
             tokens, cu_seqlens, self._table, self.attention, inference_topk(self.attention)
         )
-        with attending(self._parts, self.attention):
+        with attending([self._model], self.attention):
             logprobs, greedy = _scores(
-                self._parts.modules[0],
+                self._model,
                 tokens,
                 side_info,
                 torch.tensor(wanted, device=tokens.device),
@@ -209,6 +232,11 @@ def _attention(
         )
     if topk is not None and topk < 1:
         raise ConfigError(f"topk={topk} must be at least 1")
+    if selector == DENSE and own.selector is Selector.nsa:
+        raise ConfigError(
+            "selectors: dense: this run was trained with attention.selector=nsa, whose layers have no full "
+            "attention to fall back to; ask for own"
+        )
     if selector == DENSE or (selector == OWN and own_kind is AttentionKind.dense):
         return dataclasses.replace(own, dense_layers=list(range(1, num_layers + 1)))
     settings = own if selector == OWN else swapped(own, Selector(selector))
@@ -226,7 +254,7 @@ class OpenRun:
 
     config: TrainConfig
     step: int
-    _parts: Parts
+    _model: torch.nn.Module
     _groups: Groups
     _tokenizer: Tokenizer
     _own_kind: AttentionKind
@@ -240,7 +268,8 @@ class OpenRun:
             ConfigError: no such selector, or k < 1.
         """
         return CheckpointAnswerer(
-            self._parts,
+            self._model,
+            self.config,
             self._groups,
             self._tokenizer,
             step=self.step,
@@ -264,15 +293,8 @@ def open_run(path: Path, step: int | None = None, impl: KernelImpl | None = None
         PhsaError: no run, no such checkpoint, or one that cannot be read here.
     """
     folder = RunFolder(path)
-    if not folder.config_file.is_file():
-        raise ConfigError(f"{path} is not a run folder: it has no {folder.config_file.name}")
-    committed = folder.committed_steps()
-    if not committed or (step is not None and step not in committed):
-        found = ", ".join(map(str, committed)) or "none; train it first"
-        raise CheckpointError(
-            f"{path} has no committed checkpoint{'' if step is None else f' of step {step}'}: {found}"
-        )
-    config = single_process(compose.load(folder.config_file))
+    config = single_process(compose.load(folder.existing_config()))
+    checkpoint = find_checkpoint(folder, step)
     own_kind = config.attention.kind
     # Weights are the same: a dense run is built so that it can also select.
     config.attention.kind = AttentionKind.phsa
@@ -280,12 +302,8 @@ def open_run(path: Path, step: int | None = None, impl: KernelImpl | None = None
         config.attention.impl = impl
     groups = initialize(config)
     try:
-        parts = build_parts(config, groups)
-        chosen = committed[-1] if step is None else step
-        checkpoint = folder.checkpoints_dir / f"step_{chosen:08d}"
-        Checkpointer(folder, config, groups).load_from(checkpoint, parts, weights_only=True)
+        model = load_model(checkpoint, config, groups)
         tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
-        with parts.gathered_parameters():
-            yield OpenRun(config, chosen, parts, groups, tokenizer, own_kind)
+        yield OpenRun(config, read_marker(checkpoint).step, model, groups, tokenizer, own_kind)
     finally:
         groups.close()

@@ -28,6 +28,7 @@ class View:
         train_topk: k in training; None where training selected nothing.
         infer_topk: k here; None where nothing is selected.
         attention: settings of a checkpoint's layers; None for a transformers folder or dense attention.
+        without_cache: why texts are generated without a cache; None where there is one.
     """
 
     answerer: Answerer
@@ -37,6 +38,7 @@ class View:
     train_topk: int | None
     infer_topk: int | None
     attention: AttentionConfig | None
+    without_cache: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -54,6 +56,7 @@ class View:
             "selector": self.selector,
             "train_topk": self.train_topk,
             "infer_topk": self.infer_topk,
+            "without_cache": self.without_cache,
         }
 
     def sparsity(self, num_tokens: int) -> dict[str, float]:
@@ -117,6 +120,7 @@ def _of_run(folder: Path, settings: EvalSettings) -> Iterator[list[View]]:
                     answerer.train_topk,
                     answerer.topk,
                     None if answerer.selector == DENSE else answerer.attention,
+                    answerer.without_cache,
                 )
                 # Where nothing is selected k means nothing: one view for all.
                 views.setdefault((view.selector, view.infer_topk), view)

@@ -39,6 +39,7 @@ def write(out: Path, content: dict[str, Any]) -> str:
         ("Loss by position, nats per token", _perplexity(out, records)),
         ("General tasks", _by_task(records, "general", average=False)),
         ("Sparsity", _sparsity(content["sparsity"])),
+        ("Generation", _without_cache(records)),
     ]
     body = "\n".join(f"## {title}\n\n{part}" for title, part in sections if part)
     page = f"# Evaluation\n\n`{content['command']}`\n\n{_ABOUT}\n\n{body}"
@@ -212,6 +213,12 @@ def _sparsity(records: list[Record]) -> str:
         "text of this length / by all causal (query, key) pairs.\n\n"
     )
     return head + table(["model", *(f"{length:,}" for length in lengths)], rows)
+
+
+def _without_cache(records: list[Record]) -> str:
+    asked = [r for r in records if r["task"] != PERPLEXITY and r["without_cache"] is not None]
+    reasons = {_name(r): r["without_cache"] for r in asked}
+    return "".join(f"- {name}: generated without a cache: {reason}\n" for name, reason in reasons.items())
 
 
 def _without_nan(value: Any) -> Any:

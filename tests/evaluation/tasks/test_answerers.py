@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from phsa_megatron import generate as generate_command
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.errors import CheckpointError, ConfigError
+from phsa_megatron.evaluation.information_loss import attending
 from phsa_megatron.evaluation.tasks.answerer import Request
 from phsa_megatron.evaluation.tasks.checkpoint_answerer import open_run
 from phsa_megatron.evaluation.tasks.transformers_answerer import TransformersAnswerer
+from phsa_megatron.inference.generate import generate
 
 TEXT = "the amber canoe, so the red owl. and the blue lamp; the vast meadow and so"
 
@@ -15,6 +18,15 @@ TEXT = "the amber canoe, so the red owl. and the blue lamp; the vast meadow and 
 def chained(answerer, ids, first):
     """Log-probabilities of ids[first:], each from a request of its own."""
     return torch.cat([answerer.score([Request(ids[: i + 1], i)])[0].logprobs for i in range(first, len(ids))])
+
+
+def from_scratch(answerer, ids, num_tokens, attention=None):
+    """What the sampler of training says, with a whole forward pass for each token."""
+    with attending([answerer._model], attention or answerer.attention):
+        return generate(
+            [answerer._model], ids, num_tokens, config=answerer._config, groups=answerer._groups,
+            table=answerer._table, vocab_size=answerer._tokenizer.vocab_size, eod_id=answerer.eod_id,
+        )  # fmt: skip
 
 
 @pytest.fixture(params=[0, 1], ids=["", "mtp"])
@@ -26,7 +38,7 @@ def opened(request, make_run):
 def test_scores_are_those_of_the_models_own_forward_pass(opened):
     answerer = opened.answerer()
     ids = answerer.encode(TEXT)
-    model, seen = opened._parts.modules[0], []
+    model, seen = opened._model, []
     tokens = torch.tensor([ids])
     side_info = SideInfo.build(
         tokens, torch.tensor([0, len(ids)], dtype=torch.int32), answerer._table, answerer.attention, 2
@@ -62,12 +74,55 @@ def test_what_it_generates_is_greedy_and_stops(opened):
     answerer = opened.answerer()
     ids = answerer.encode(TEXT)
     new = answerer.continued(ids, 6)
+    assert new == from_scratch(answerer, ids, 6)
     assert answerer.score([Request(ids + new, len(ids))])[0].is_greedy.all()
     worse = [*new[:-1], (new[-1] + 1) % 400 + 1]
     assert not answerer.score([Request(ids + worse, len(ids))])[0].is_greedy.all()
     (text,) = answerer.generate([TEXT], 20)
     stop = text[len(text) // 2 :][:3]
     assert answerer.generate([TEXT], 20, [stop, "never there"]) == [text[: text.index(stop)]]
+
+
+def test_with_a_cache_it_says_what_it_says_without(make_run, capsys):
+    """The run's own k, others, dense attention and other selectors, on the same layers."""
+    said = {}
+    with open_run(make_run("run_mtp0")) as run:
+        for way in [("own", 1), ("own", 999), ("dense", None), ("mean_pool", 3), ("window", None)]:
+            answerer = run.answerer(*way)
+            ids = answerer.encode(TEXT)
+            said[way] = answerer.continued(ids, 9)
+            assert said[way] == from_scratch(answerer, ids, 9) and answerer.without_cache is None
+            if way[0] == "dense":  # layers that are told nothing would select
+                assert said[way] != from_scratch(answerer, ids, 9, run.config.attention)
+    assert said["own", 1] != said["own", 999] == said["dense", None] != said["window", None]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_runs_infer_topk_and_dense_layers_hold_with_a_cache(make_run):
+    with open_run(make_run("layers", infer_topk=5, dense_layers=[2])) as run:
+        answerer = run.answerer()
+        ids = answerer.encode(TEXT * 2)
+        said = answerer.continued(ids, 12)
+        assert answerer._generator.topk == 5 and said == from_scratch(answerer, ids, 12)
+        assert said != run.answerer(topk=1).continued(ids, 12)
+        answerer._config.attention.dense_layers = []
+        assert said != from_scratch(answerer, ids, 12)
+
+
+def test_selectors_without_a_cache_say_so_and_others_on_their_layers_have_one(make_run, capsys):
+    learned = {"selector": "indexer", "mean_weight_frac": 1.0, "group_score": "raw_sum"}
+    folder = make_run("indexer", **learned)
+    with open_run(folder) as run:
+        own, other = run.answerer(), run.answerer("mean_pool")
+        ids = own.encode(TEXT * 2)
+        assert own.continued(ids, 1)
+        assert own.continued(ids, 3) == from_scratch(own, ids, 3)
+        err = capsys.readouterr().err
+        assert err.count("generated without a cache: attention.selector=indexer: generation with a") == 1
+        assert other.continued(ids, 5) == from_scratch(other, ids, 5)
+        assert own.without_cache is not None and other.without_cache is None
+    assert generate_command.main([str(folder), "--prompt", "so and"]) == 2
+    assert "attention.selector=indexer: generation with a cache keeps two" in capsys.readouterr().err
 
 
 def test_a_continuation_is_scored_with_the_space_before_it(opened):
@@ -120,8 +175,8 @@ def test_a_text_beyond_the_training_length_is_refused_and_can_be_allowed(make_ru
 
 def test_wrong_runs_are_refused(make_run, tmp_path):
     for path, error, message in [
-        (tmp_path, ConfigError, "is not a run folder"),
-        (make_run("run_mtp0"), CheckpointError, "no committed checkpoint of step 3: 7"),
+        (tmp_path, ConfigError, "is no run folder: it has no config.yaml"),
+        (make_run("run_mtp0"), CheckpointError, "no committed checkpoint of step 3; it has: 7"),
     ]:
         with pytest.raises(error, match=message), open_run(path, step=3):
             pass
@@ -130,6 +185,11 @@ def test_wrong_runs_are_refused(make_run, tmp_path):
             run.answerer("mean_poll")
         with pytest.raises(ConfigError, match="topk=0 must be at least 1"):
             run.answerer(topk=0)
+    nsa = {"selector": "nsa", "mean_weight_frac": 1.0, "nsa_window_tokens": 16, "block_tokens": 16}
+    with open_run(make_run("nsa", **nsa, init_tokens=16, local_tokens=16)) as run:
+        assert run.answerer().without_cache.startswith("attention.selector=nsa: generation with a cache")
+        with pytest.raises(ConfigError, match="selector=nsa, whose layers have no full attention"):
+            run.answerer("dense")
 
 
 @pytest.fixture(scope="module")

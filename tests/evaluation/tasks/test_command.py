@@ -64,6 +64,18 @@ def test_training_k_by_inference_k_perplexity_and_sparsity(make_run, silent, tex
         assert (out / file).read_bytes().startswith(b"\x89PNG"), file
 
 
+def test_the_page_says_what_is_generated_without_a_cache(make_run, silent, tmp_path):
+    arguments = ["tasks=[multi_value]", "trials=1", "lengths=[320]", "selectors=[own,minmax]"]
+    assert cli.evaluate([str(make_run("again")), *arguments, "--out", str(tmp_path)]) == 0
+    reasons = {r["selector"]: r["without_cache"] for r in read(tmp_path)["records"]}
+    assert reasons["phsa"] is None
+    assert reasons["minmax"].startswith(
+        "attention.selector=minmax: generation with a cache keeps two running"
+    )
+    generation = (tmp_path / "results.md").read_text(encoding="utf-8").split("## Generation\n\n")[1]
+    assert generation == f"- again, minmax, k = 2, step 7: generated without a cache: {reasons['minmax']}\n"
+
+
 def test_the_same_command_asks_only_what_is_missing(make_run, silent):
     run = make_run("again")
     out = run / "evaluation"
