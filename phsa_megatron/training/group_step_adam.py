@@ -103,9 +103,18 @@ class GroupStepAdam(torch.optim.Optimizer):
 def _l2_norm(
     chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Returns the norm of all tensors, fp32 [1]; megatron's own function waits for the device at each."""
-    norms = torch.stack(torch._foreach_norm([tensor for tensors in lists for tensor in tensors]))
-    return torch.linalg.vector_norm(norms).reshape(1), None
+    """Returns the norm of all tensors, fp32 [1].
+
+    On a GPU megatron's own function waits for the device at each tensor. On a CPU torch adds the squares of a
+    whole tensor into a handful of fp32 sums, one after the other, and small squares vanish beside a large
+    sum: a million elements lost 4e-4 of their norm, and shards of them less, so that the norm depended on the
+    layout. In fp64 what is left is the rounding of the result.
+    """
+    tensors = [tensor for every in lists for tensor in every]
+    if tensors[0].is_cuda:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).reshape(1), None
+    norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+    return torch.linalg.vector_norm(norms).float().reshape(1), None
 
 
 def _scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: float) -> None:
@@ -130,8 +139,9 @@ def install(adam: Adam = Adam.auto) -> type:
         chosen: type = required(setting, _LIBRARY[adam], "FusedAdam", instead="compute.adam=torch")
     else:
         chosen = GroupStepAdam if adam == Adam.torch or _FELL_BACK else _IMPORTED
-    if _FELL_BACK and torch.cuda.is_available():
+    if _FELL_BACK:
         clip_grads.l2_norm_impl = _l2_norm
+    if _FELL_BACK and torch.cuda.is_available():
         clip_grads.multi_tensor_scale_impl = _scale
     megatron_optimizer.Adam = distrib_optimizer.Adam = chosen
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False

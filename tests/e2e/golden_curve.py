@@ -3,7 +3,7 @@
 `python tests/e2e/golden_curve.py` records it again and prints what moved. Arithmetic libraries are held to
 code paths that every x86 machine has, yet the last bit of an exponential was seen to differ between two
 processors. A record is therefore keyed by the torch version, the capability that torch reports under that
-rule and the processor's vendor, family and model; the oldest record names no processor.
+rule and the processor's vendor, family and model.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def spiking_run(tiny_config, run, monkeypatch):
                 "run.train_steps": 24,
                 "checkpoint.save_every_steps": 8,
                 "checkpoint.keep_last": 9,
+                **NO_CLOCK,
                 **overrides,
             }
         )

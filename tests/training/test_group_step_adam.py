@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import types
 
 import megatron.core.optimizer as megatron_optimizer
 import pytest
 import torch
+from megatron.core.optimizer import clip_grads
 
 from phsa_megatron.config.errors import DeviceError
 from phsa_megatron.config.schema import Adam
@@ -93,6 +95,21 @@ def test_norm_and_clipping_of_all_tensors_at_once_are_those_of_torch():
     assert torch.equal(torch.cat([t.flatten() for t in tensors]), (truth / 2).float())
     with pytest.raises(ValueError, match="in place"):
         group_step_adam._scale(65536, torch.zeros(1), [tensors, [t.clone() for t in tensors]], 0.5)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_the_norm_of_a_large_gradient_is_exact_however_it_is_sharded(tiny_config, open_groups, num_shards):
+    """A million equal squares: one fp32 sum a vector lane stops short of them, and shards by less."""
+    config = tiny_config()
+    groups = open_groups(config)
+    build_parts(config, groups)  # installs the norm
+    gradient = torch.full((2**20,), 1e-3)
+    truth = gradient[0].double().item() * 2**10
+    world = groups.collection.dp_cp
+    shards = [clip_grads.get_grad_norm_fp32([s], 2, world) for s in gradient.chunk(num_shards)]
+    # Each shard's norm and its square are rounded to fp32 once: 2^-24 of the norm, and half of that again.
+    assert math.hypot(*shards) == pytest.approx(truth, rel=2.0**-23)
+    assert gradient.norm().item() != pytest.approx(truth, rel=1e-6)  # torch's own, which megatron takes
 
 
 class FusedAdam(GroupStepAdam):
