@@ -85,7 +85,7 @@ def test_lm_evals_own_command_line_knows_the_model(make_run, data_dir, monkeypat
         ({"topk": 1}, {}, "run=RUN is missing"),
         ({"run": "x", "batch": 3}, {}, "'batch': 3"),
         ({"run": "x"}, {"device": "cuda:1", "batch_size": 1}, "'device': 'cuda:1'"),
-        ({"run": "x"}, {"device": "cuda:0", "batch_size": 1}, "x is not a run folder"),
+        ({"run": "x"}, {"device": "cuda:0", "batch_size": 1}, "x is no run folder"),
     ],
 )
 def test_wrong_model_arguments_are_answered(model_args, of_lm_eval, words):
