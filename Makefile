@@ -36,7 +36,7 @@ test: $(READY) ## the fast test suite
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not multigpu"
 
 slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
-	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not multigpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not slurm and not gpu and not multigpu"
 
 slurm: $(READY) ## every test on a real Slurm of four nodes (installs one; root)
 	bash .ci/slurm_leg "slurm or not slurm"

@@ -264,7 +264,8 @@ METRICS: dict[str, Metric] = {
                     "selection_entropy_frac",
                     "fraction",
                     "Entropy of which blocks of a document are selected, over that of all its candidates "
-                    "alike, in layer n: near 0, all queries select the same few blocks.",
+                    "alike, in layer n: near 0, all queries select the same few blocks. Under context "
+                    "parallelism the mean over processes, each of its own queries.",
                 ),
             )
         ),

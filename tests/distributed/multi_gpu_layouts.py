@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def batch(size: Size, number: int) -> Batch:
         sources=["text"],
         pieces=[()],
         num_overflow_tokens=0,
+        document_tokens=[end - start for start, end in pairwise([*starts, length])],
     )
 
 

@@ -132,6 +132,7 @@ def batch_of(config: TrainConfig, documents: int) -> Batch:
         sources=["random"],
         pieces=[()],
         num_overflow_tokens=0,
+        document_tokens=bounds.diff().tolist(),
     )
 
 
