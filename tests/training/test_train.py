@@ -231,8 +231,9 @@ def test_parts_of_sequences_are_counted_once_and_a_run_goes_on_without_context_p
     reported += ["progress/consumed_tokens", "data/overflow_tokens"]
     assert straight.steps[0]["data/overflow_tokens"] > 0
     assert any(name.startswith("attention/layer_2/") for name in reported)
-    # Each context-parallel process counts the choices of its own queries: their entropy is another one's.
-    reported = [name for name in reported if not name.endswith("/selection_entropy_frac")]
+    # Each context-parallel process counts the choices of its own queries, and neighbours among them.
+    own = ("/selection_entropy_frac", "/neighbour_overlap_frac")
+    reported = [name for name in reported if not name.endswith(own)]
     for name in set(reported) - {"val/eval_s", "optim/num_zeros"}:
         # The evaluation of the step at which it was stopped did not happen.
         pairs = [
