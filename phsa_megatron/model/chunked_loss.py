@@ -92,7 +92,9 @@ def linear_cross_entropy(
     """
     if loss_mask is None:
         loss_mask = torch.ones(labels.shape, device=hidden.device)
-    arguments = hidden, weight, labels, loss_mask.float(), chunk_tokens, group
+    # Inside of forward gradients are off, and what inputs need is said whether they are wanted or not.
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    arguments = hidden, weight, labels, loss_mask.float(), chunk_tokens, group, wants_gradient
     losses: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return losses
 
@@ -107,8 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_mask: Tensor,
         chunk_tokens: int,
         group: dist.ProcessGroup | None,
+        wants_gradient: bool,
     ) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         if wants_gradient:
             hidden_grad = torch.empty_like(hidden)
@@ -142,9 +144,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # NaN passes: the step looks at the loss, and says more.
         even = (distance <= _LARGEST_UNEVENNESS * scale.abs()) | ~torch.isfinite(distance)
         _check(even)
-        scaled = torch.empty(weight_grad.shape, dtype=ctx.weight_dtype, device=weight_grad.device)
-        torch.mul(weight_grad, scale, out=scaled)  # no second fp32 matrix
-        return hidden_grad * scale.to(hidden_grad.dtype), scaled, *[None] * 4
+        hidden_part = _scaled(hidden_grad, scale, hidden_grad.dtype)
+        return hidden_part, _scaled(weight_grad, scale, ctx.weight_dtype), *[None] * 5
+
+
+def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrix * scale, rounded once, to dtype.
+
+    Not of no dimension: such a scale would be rounded to bf16 first, and be wrong alike in every element.
+    """
+    scaled = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    torch.mul(matrix, scale.reshape(1, 1), out=scaled)  # no second fp32 matrix
+    return scaled
 
 
 def _check(even: Tensor) -> None:

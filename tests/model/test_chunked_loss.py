@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phsa_megatron.config.schema import Dtype, Loss
+from phsa_megatron.model import chunked_loss
 from phsa_megatron.model.chunked_loss import ChunkedLossGPT, linear_cross_entropy
 from phsa_megatron.model.factory import build_model
 from phsa_megatron.training.step import ForwardStep
@@ -75,8 +76,24 @@ def test_a_poisoned_loss_gives_gradients_that_are_not_finite():
     assert hidden.grad.isnan().any() and weight.grad.isnan().any()
 
 
-def test_nothing_is_made_for_a_backward_pass_that_will_not_come():
+def test_a_scale_that_bf16_cannot_hold_is_not_rounded():
+    """Rounding errors of elements cancel in the projection on the truth; those of one scale do not."""
+    hidden, weight, labels, mask = inputs(torch.bfloat16)
+    scale = 1 + 2**-9  # between two numbers of bf16: rounded, all of the gradient would be 2^-9 off
+    (linear_cross_entropy(hidden, weight, labels, mask, 8) * mask * scale).sum().backward()
+    _, hidden_true, weight_true = truth(hidden, weight, labels, mask, scale)
+    for found, true in ((hidden.grad, hidden_true), (weight.grad, weight_true)):
+        gain = (found.double() * true).sum() / true.square().sum()
+        assert abs(gain - 1) < 2**-10
+
+
+def test_nothing_is_made_for_a_backward_pass_that_will_not_come(monkeypatch):
     hidden, weight, labels, mask = inputs(torch.float32)
+
+    def unwanted(*_):
+        raise AssertionError("a gradient is made that nobody asked for")
+
+    monkeypatch.setattr(chunked_loss, "logits_gradient", unwanted)
     with torch.no_grad():
         losses = linear_cross_entropy(hidden, weight, labels, mask, 8)
     assert losses.grad_fn is None and worst(losses, truth(hidden, weight, labels, mask, 1.0)[0]) < 4e-7
