@@ -67,15 +67,7 @@ SAFE = Configs(
 
 # Products of fp32 operands in full precision have no tensor core: each is unrolled into single
 # multiplications, and with the tiles above one kernel takes minutes to compile. See NOTES.md.
-FULL_PRECISION = Configs(
-    normalizer=Launch(16, 16, 8, 1),
-    select_columns=Launch(16, 16, 8, 1),
-    select_list=Launch(16, 16, 8, 1),
-    forward=Launch(16, 16, 8, 1),
-    dq=Launch(16, 16, 8, 1),
-    chosen_dkdv=Launch(16, 16, 8, 1),
-    window_dkdv=Launch(16, 16, 8, 1),
-)
+FULL_PRECISION = Configs(*7 * (Launch(16, 16, 8, 1),))
 
 
 def table_path(capability: tuple[int, int]) -> Path:

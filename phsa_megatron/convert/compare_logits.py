@@ -69,6 +69,22 @@ def require_transformers() -> None:
         )
 
 
+def report(
+    checkpoint: Path, config: TrainConfig, folder: Path, table: PunctuationTable, *, compare: bool
+) -> None:
+    """Print how a conversion ends: its punctuation set, and the differences or that nobody looked.
+
+    Raises:
+        CheckpointError: the models are not the same; see `compare_logits`.
+    """
+    print(f"punctuation set {table.name}, sha256 {table.sha256}")
+    if not compare:
+        print("logits were not compared (--no-compare)")
+        return
+    for difference in compare_logits(checkpoint, config, folder, table):
+        print(difference)
+
+
 def compare_logits(
     checkpoint: Path, config: TrainConfig, folder: Path, table: PunctuationTable, seed: int = 0
 ) -> list[Difference]:

@@ -66,12 +66,7 @@ def main(argv: list[str]) -> int:
     table = table_of(tokenizer.decoded_tokens(), config.attention)
     num_bytes = export(checkpoint, config, arguments.folder, tokenizer, table, arguments.max_file_gib)
     print(f"{arguments.folder}: {num_bytes / GIB:.2f} GiB of weights from {checkpoint}")
-    print(f"punctuation set {table.name}, sha256 {table.sha256}")
-    if arguments.no_compare:
-        print("logits were not compared (--no-compare)")
-        return 0
-    for difference in compare_logits.compare_logits(checkpoint, config, arguments.folder, table):
-        print(difference)
+    compare_logits.report(checkpoint, config, arguments.folder, table, compare=not arguments.no_compare)
     return 0
 
 

@@ -62,12 +62,7 @@ def main(argv: list[str]) -> int:
     table = _table(folder, config)
     checkpoint = import_weights(folder, config)
     print(f"{checkpoint}: weights of {folder}, {config.run.dtype}")
-    print(f"punctuation set {table.name}, sha256 {table.sha256}")
-    if arguments.no_compare:
-        print("logits were not compared (--no-compare)")
-        return 0
-    for difference in compare_logits.compare_logits(checkpoint, config, folder, table):
-        print(difference)
+    compare_logits.report(checkpoint, config, folder, table, compare=not arguments.no_compare)
     return 0
 
 

@@ -14,6 +14,7 @@ from phsa_kernels.decode import tiles
 from phsa_kernels.testing import Shape, relative_errors
 from phsa_kernels.testing_selection import compare_rows
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 # Around the boundaries of blocks and windows; sequences of no token; the last one fills the caches.
@@ -55,14 +56,6 @@ LARGE = (
         for score, n in (("softmax_sum", 0), ("raw_sum", 0), ("softmax_sum", 80000))
     ]
 )
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from phsa_kernels import api, configs, ops
 from phsa_kernels.testing import Shape, compare_with_truth, random_inputs
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SHAPES = {
@@ -25,15 +26,6 @@ SHAPES = {
     "block 64": Shape((270, 30), 4, 1, 16, 1, 64, 64, block_tokens=64),
     "dense short documents": Shape((60, 120, 61), 2, 1, 16, 1, 16, 16, dense_len_tokens=61),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Uninitialized memory is NaN (or the largest integer) while a test runs."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def slot_table(shape, seed=0, gaps=3):

@@ -22,6 +22,7 @@ from phsa_kernels.testing import (
 )
 from phsa_kernels.testing_selection import compare_selection
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bf16 is not the GPU's; fp16 and fp32 run the same code there.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
@@ -59,15 +60,6 @@ LONGER = (
     if torch.cuda.is_available()
     else []
 )
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Uninitialized memory is NaN (or the largest integer) while a test runs."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
