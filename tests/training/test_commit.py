@@ -266,8 +266,9 @@ def test_kill_9_at_twenty_random_moments_always_leaves_something_to_resume(tmp_p
         except subprocess.TimeoutExpired:
             process.kill()
         rest, _ = process.communicate()
-        for line in rest.splitlines():
-            last_committed = int(line.split()[1])
+        for line in rest.splitlines(keepends=True):
+            if line.endswith("\n"):  # the kill may cut the last one
+                last_committed = int(line.split()[1])
     store = CheckpointStore(tmp_path / "checkpoints", tmp_path / "committed_step")
     num_inside_a_save += bool(store.clean_leftovers())
     newest = store.newest().newest
