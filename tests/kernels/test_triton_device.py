@@ -12,7 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from phsa_kernels import api
-from phsa_kernels.testing import Shape, random_inputs, relative_errors
+from phsa_kernels.testing import (
+    Shape,
+    attend_and_gradients,
+    compare_with_truth,
+    random_inputs,
+    relative_errors,
+)
 from phsa_kernels.testing_selection import compare_rows
 
 pytestmark = pytest.mark.gpu
@@ -157,6 +163,21 @@ def test_nothing_waits_for_the_device():
         torch.autograd.grad(out, qkv, grad_out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_device
+def test_the_budget_of_long_fp32_sums_notices_shorter_operands():
+    """Negative control: with q, k and v in ten bits, as TF32 products take them, no result is within it."""
+    shape = Shape((2500,), 16, 1, 128, 2, 16, 128)
+    *qkv, weights, grad_out, grad_lse = random_inputs(shape, torch.float32, "cuda", seed=3)
+    ids = api.phsa_attention(
+        *qkv, weights, shape.cu_seqlens("cuda"), topk=shape.topk, **shape.windows(), impl="triton"
+    ).ids
+    short = [
+        (x.detach().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).requires_grad_() for x in qkv
+    ]
+    kernel = attend_and_gradients("triton", shape, short, ids, grad_out, grad_lse)
+    assert not any(c.within for c in compare_with_truth(shape, qkv, ids, grad_out, grad_lse, kernel))
 
 
 @needs_device
