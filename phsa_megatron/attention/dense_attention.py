@@ -27,7 +27,7 @@ _FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 """torch's own order leaves cuDNN for last, which is about twice as fast as flash on an H100. It plans every
-new length anew, so it is asked for sequences that are one document only."""
+new length anew, so it is asked only where all documents have one length: where a sequence is a document."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def dense(
         dense_len_tokens: documents of up to this many tokens have no window.
     """
     bounds = side_info.document_bounds()
-    num_rows, length = side_info.token_ids.shape
-    if window is None and bounds == [(i * length, (i + 1) * length) for i in range(num_rows)]:
-        # Rows are documents: one call for all of them.
-        q, k, v = (x.view(num_rows, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+    length = bounds[0][1] - bounds[0][0]
+    if window is None and all(end - start == length for start, end in bounds):
+        # As when a sequence is one document: one call for all of them.
+        q, k, v = (x.view(len(bounds), length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return _causal(q, k, v, scale).transpose(1, 2).reshape(query.shape)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]

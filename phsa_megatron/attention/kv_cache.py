@@ -196,8 +196,8 @@ class PromptCache:
 
     def keep(self, layer_number: int, keys: Tensor, values: Tensor, side_info: SideInfo) -> None:
         """Take a layer's keys and values [T, Hkv, D] of the micro-batch, row after row."""
-        marks = side_info.once("branch_flags", lambda: _branch_flags(side_info))
-        row_tokens = marks.shape[1]
+        marks = side_info.once("branch_flags", lambda: _branch_flags(side_info)).flatten()
+        weights, row_tokens = side_info.pool_weights.flatten(), len(marks) // len(self.lengths)
         for i, length in enumerate(self.lengths):
             tokens = slice(i * row_tokens, i * row_tokens + length)
             self.cache.read_prompt(
@@ -205,8 +205,8 @@ class PromptCache:
                 self.first_row + i,
                 keys[tokens],
                 values[tokens],
-                side_info.pool_weights[i, :length],
-                marks[i, :length],
+                weights[tokens],
+                marks[tokens],
             )
 
 

@@ -93,6 +93,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """A `layer_input.LayerInput`: that of the layer which reads this, where its selector needs it."""
     prompt_cache: PromptCache | None = None
     """Keeps the keys and values of a pass over prompts that are to be continued."""
+    num_joined_rows: int = 1
+    """How many rows of the micro-batch this one row is made of."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -176,6 +178,15 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
 
         return self.once("document_bounds", read)
+
+    def joined(self) -> SideInfo:
+        """Return the same with all rows as one of b * S tokens, in which documents are where they were."""
+        num_rows, length = self.token_ids.shape
+        flat = {
+            name: getattr(self, name).reshape(1, -1)
+            for name in ("token_ids", "is_punctuation", "pool_weights")
+        }
+        return replace(self, **flat, **_row_fields(num_rows * length), num_joined_rows=num_rows)
 
     def at_mtp_depth(self, depth: int) -> SideInfo:
         """Return the side information for the layer of multi-token-prediction depth `depth`.

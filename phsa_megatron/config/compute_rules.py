@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phsa_megatron.config.rule_messages import Rule, broken
-from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Recompute, TrainConfig
+from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute, TrainConfig
 from phsa_megatron.config.selector_kinds import learned_selector
 
 
@@ -27,6 +27,23 @@ def _compiled(config: TrainConfig) -> Iterator[str]:
             config.compute.elementwise,
             "nothing is compiled on the CPU (cluster.device=cpu)",
             "set compute.elementwise=unfused, or cluster.device=cuda",
+        )
+
+
+def _norm(config: TrainConfig) -> Iterator[str]:
+    if config.compute.norm == Norm.triton and config.cluster.device == Device.cpu:
+        yield broken(
+            "compute.norm",
+            config.compute.norm,
+            "Triton's kernels need a GPU (cluster.device=cpu)",
+            "set compute.norm=torch, or cluster.device=cuda",
+        )
+    elif config.compute.norm == Norm.triton and config.compute.layers == Layers.transformer_engine:
+        yield broken(
+            "compute.norm",
+            config.compute.norm,
+            "Transformer Engine's layers have norms of their own (compute.layers=transformer_engine)",
+            "set compute.norm=torch, or compute.layers=local",
         )
 
 
@@ -93,6 +110,7 @@ def _fused_weight_gradient(config: TrainConfig) -> Iterator[str]:
 COMPUTE_RULES: tuple[Rule, ...] = (
     _chunked_loss,
     _compiled,
+    _norm,
     _recompute_layers,
     _fp8,
     _transformer_engine,

@@ -142,6 +142,7 @@ RULES: dict[str, ResumeRule] = {
     "compute.loss": _ROUNDING,
     "compute.loss_chunk_tokens": _ROUNDING,
     "compute.elementwise": _ROUNDING,
+    "compute.norm": _ROUNDING,
     "compute.adam": _ROUNDING,
     "compute.fused_weight_gradient": _ROUNDING,
     "compute.layers": ResumeRule(False, "the norms' weights have other names in the checkpoint"),

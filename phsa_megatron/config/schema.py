@@ -28,6 +28,7 @@ from phsa_megatron.config.schema_compute import Elementwise as Elementwise
 from phsa_megatron.config.schema_compute import Fp8 as Fp8
 from phsa_megatron.config.schema_compute import Layers as Layers
 from phsa_megatron.config.schema_compute import Loss as Loss
+from phsa_megatron.config.schema_compute import Norm as Norm
 from phsa_megatron.config.schema_health import HealthConfig
 from phsa_megatron.config.schema_monitoring import AlertsConfig as AlertsConfig
 from phsa_megatron.config.schema_monitoring import MonitoringConfig as MonitoringConfig

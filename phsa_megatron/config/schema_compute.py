@@ -20,6 +20,13 @@ class Elementwise(StrEnum):
     compiled = "compiled"
 
 
+class Norm(StrEnum):
+    """Whose RMSNorm it is."""
+
+    torch = "torch"
+    triton = "triton"
+
+
 class Adam(StrEnum):
     """Whose AdamW updates the weights."""
 
@@ -57,6 +64,8 @@ class ComputeConfig:
     elementwise: Elementwise = Elementwise.unfused
     """unfused: chains of torch operations; compiled: RoPE and SwiGLU in one kernel each, by torch.compile,
     and less is kept for the backward pass. Refused on the CPU, where nothing would be compiled."""
+    norm: Norm = Norm.torch
+    """torch: its fused RMSNorm; triton: two kernels of ours, about twice as fast. Refused on the CPU."""
     adam: Adam = Adam.auto
     """auto: Transformer Engine's if it is installed, else apex's, else torch's (fused on a GPU); a library
     that is asked for by name is used, or refused where it is absent."""

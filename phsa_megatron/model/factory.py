@@ -14,7 +14,8 @@ from phsa_megatron.config.flops import padded_vocab_size
 from phsa_megatron.config.schema import ContextSharding, Dtype, Layers, Loss, TrainConfig
 from phsa_megatron.model.chunked_loss import ChunkedLossGPT
 from phsa_megatron.model.experts import draw_expert_weights, random_numbers_of_experts_apart
-from phsa_megatron.model.norm import RMSNorm
+from phsa_megatron.model.joined_rows import join_rows, joins_rows
+from phsa_megatron.model.norm import norm_class
 from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
 from phsa_megatron.parallel.groups import Groups
@@ -47,12 +48,15 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
     chunk = vp_stage or 0
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer(config)] * get_num_layers_to_build(megatron_config, vp_stage=vp_stage),
-        layer_norm=RMSNorm,
+        layer_norm=norm_class(config.compute.norm),
     )
     prediction = None
     if model.mtp_num_layers:
         prediction = mtp_block_spec(
-            megatron_config, lambda depth: _layer(config, depth), norm=RMSNorm, vp_stage=vp_stage
+            megatron_config,
+            lambda depth: _layer(config, depth),
+            norm=norm_class(config.compute.norm),
+            vp_stage=vp_stage,
         )
     chunked = config.compute.loss == Loss.chunked
     with random_numbers_of_experts_apart():
@@ -70,6 +74,8 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+    if joins_rows(config.parallel):
+        join_rows(gpt.decoder)
     if chunked:
         gpt.loss_chunk_tokens = config.compute.loss_chunk_tokens
     if config.parallel.context_size > 1 and config.parallel.context_sharding == ContextSharding.contiguous:
@@ -94,8 +100,9 @@ def _layer(config: TrainConfig, mtp_depth: int = 0) -> ModuleSpec:
     spec = layer_spec(config, mtp_depth)
     if config.compute.layers == Layers.transformer_engine:
         return spec
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    norm = norm_class(config.compute.norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if config.model.qk_norm:
         heads = spec.submodules.self_attention.submodules
-        heads.q_layernorm = heads.k_layernorm = RMSNorm
+        heads.q_layernorm = heads.k_layernorm = norm
     return spec

@@ -1,6 +1,6 @@
 """The part of `broken_rules.py` on `compute` and recomputation."""
 
-from phsa_megatron.config.schema import Elementwise, Fp8, Layers, Loss, Recompute
+from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute
 
 BROKEN_COMPUTE = [
     (
@@ -12,6 +12,20 @@ BROKEN_COMPUTE = [
         "_compiled",
         {"compute.elementwise": Elementwise.compiled},
         ["compute.elementwise=compiled", "cluster.device=cpu", "elementwise=unfused"],
+    ),
+    (
+        "_norm",
+        {"compute.norm": Norm.triton},
+        ["compute.norm=triton", "cluster.device=cpu", "set compute.norm=torch"],
+    ),
+    (
+        "_norm",
+        {
+            "compute.norm": Norm.triton,
+            "cluster.device": Device.cuda,
+            "compute.layers": Layers.transformer_engine,
+        },
+        ["compute.norm=triton", "norms of their own", "compute.layers=local"],
     ),
     (
         "_recompute_layers",

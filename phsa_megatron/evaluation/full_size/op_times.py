@@ -51,6 +51,8 @@ def _candidates(
 
         yield (operation, "torch"), (plain, inputs)
         yield (operation, "compiled"), (torch.compile(plain), inputs)
+        if device == "cuda":
+            yield (operation, "ours"), (_our_norm, inputs)
         if liger:
             yield (operation, "Liger"), (_liger_norm, inputs)
     yield from _head_norm_and_rotation(device)
@@ -85,6 +87,12 @@ def _head_norm_and_rotation(
 
     yield ("norm of heads and RoPE", "torch"), (apart, [queries, weight])
     yield ("norm of heads and RoPE", "compiled"), (torch.compile(together), [queries, weight])
+
+
+def _our_norm(x: Tensor, weight: Tensor) -> Tensor:
+    from phsa_megatron.model.norm_kernels import rms_norm
+
+    return rms_norm(x, weight, 1e-6)
 
 
 def _liger_norm(x: Tensor, weight: Tensor) -> Tensor:

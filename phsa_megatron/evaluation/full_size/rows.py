@@ -103,6 +103,7 @@ def overrides_of(row: Row, setting: Setting, extra: tuple[str, ...] = ()) -> lis
         f"parallel.recompute_layers={layers}",
         "compute.loss=chunked",
         "compute.elementwise=compiled",
+        "compute.norm=triton",
         f"optim.global_batch_sequences={max(1, TOKENS_PER_STEP // row.seq_len_tokens)}",
         f"optim.micro_batch_sequences={setting.micro_batch}",
         "evaluate.every_steps=0",
