@@ -81,6 +81,19 @@ def own_tokens(config: TrainConfig) -> int:
     return config.optim.micro_batch_sequences * config.data.seq_len_tokens // config.parallel.context_size
 
 
+def joins_rows(config: TrainConfig) -> bool:
+    """Return whether all rows of a micro-batch are one row inside the layers (`model/joined_rows.py`).
+
+    A process then has whole rows between layers: with CP, and with SP, it has parts of all of them.
+    """
+    return config.parallel.context_size == 1 and not config.parallel.sequence_parallel
+
+
+def rows_apart(config: TrainConfig) -> int:
+    """Return the rows that a layer sees of a micro-batch."""
+    return 1 if joins_rows(config) else config.optim.micro_batch_sequences
+
+
 def head_widths(config: TrainConfig) -> tuple[float, float]:
     """Return (q, kv): the channels of all query and of all key heads on one tensor-parallel process."""
     model, tensor_size = config.model, config.parallel.tensor_size
@@ -103,7 +116,7 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
     q, kv = head_widths(config)
     heads = (model.num_query_heads + model.num_kv_heads) / parallel.tensor_size
     residual = residual_width(config)
-    many_rows = config.optim.micro_batch_sequences > 1
+    many_rows = rows_apart(config) > 1
     context = parallel.context_size > 1
     # Inputs of both norms and of the two products after them; a norm keeps one fp32 a row besides.
     outside = t * (4 * residual * e + 2 * 4 * residual / model.hidden_size)
@@ -119,7 +132,7 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
         outside += t * ((0 if one_piece else q * e) + 4 * heads)
     compiled = config.compute.elementwise == Elementwise.compiled
     if not compiled:  # a compiled RoPE keeps cosines and sines that all layers share
-        outside += t / config.optim.micro_batch_sequences * 4 * model.head_dim * e  # of q and of k
+        outside += t / rows_apart(config) * 4 * model.head_dim * e  # of q and of k
     outside += t * e * q  # the input of the output projection
     # Gate and up, and their product; unfused also silu of the gate, and up once more.
     mlp = t * e * (3 if compiled else 5) * model.ffn_hidden_size / parallel.tensor_size
@@ -141,7 +154,7 @@ def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
     if attention.kind == AttentionKind.dense:
         # The output of one row is a view of what the projection reads; of several, and of the pieces that
         # context parallelism makes, it is put together anew.
-        pieces = config.optim.micro_batch_sequences > 1 or config.parallel.context_size > 1
+        pieces = rows_apart(config) > 1 or config.parallel.context_size > 1
         return t * ((q * e if pieces else 0) + lse)
     if attention.impl == KernelImpl.reference:
         # fp32 scores and probabilities of what is attended to or masked: rough, and too much for long texts.
@@ -149,7 +162,7 @@ def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
         return 2 * 4 * model.num_query_heads / tensor_size * t * pairs
     # With one row the output is itself the input of the projection. Chosen blocks take 4 bytes each, and the
     # union of a tile's choices its first token and one or two words of bits; rows are six int32.
-    out = q * e if config.optim.micro_batch_sequences > 1 else 0
+    out = q * e if rows_apart(config) > 1 else 0
     words = 2 if model.num_query_heads == model.num_kv_heads else 1
     choices = model.num_kv_heads / tensor_size * 4 * attention.train_topk * (2 + words)
     return t * (out + lse + choices + 6 * 4)

@@ -10,11 +10,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from phsa_megatron.attention.spec import layer_spec
+from phsa_megatron.config.activations import joins_rows
 from phsa_megatron.config.flops import padded_vocab_size
 from phsa_megatron.config.schema import ContextSharding, Dtype, Layers, Loss, TrainConfig
 from phsa_megatron.model.chunked_loss import ChunkedLossGPT
 from phsa_megatron.model.experts import draw_expert_weights, random_numbers_of_experts_apart
-from phsa_megatron.model.joined_rows import join_rows, joins_rows
+from phsa_megatron.model.joined_rows import join_rows
 from phsa_megatron.model.norm import norm_class
 from phsa_megatron.model.rotary import ContiguousRotaryEmbedding
 from phsa_megatron.model.transformer_config import transformer_config
@@ -74,7 +75,7 @@ def _build_chunk(config: TrainConfig, megatron_config: Any, groups: Groups, vp_s
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-    if joins_rows(config.parallel):
+    if joins_rows(config):
         join_rows(gpt.decoder)
     if chunked:
         gpt.loss_chunk_tokens = config.compute.loss_chunk_tokens

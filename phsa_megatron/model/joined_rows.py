@@ -15,12 +15,6 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from phsa_megatron.attention.side_info import SideInfo
-from phsa_megatron.config.schema import ParallelConfig
-
-
-def joins_rows(parallel: ParallelConfig) -> bool:
-    """Return whether a process has whole rows between layers; with CP, and with SP, it has parts of all."""
-    return parallel.context_size == 1 and not parallel.sequence_parallel
 
 
 def join_rows(decoder: MegatronModule) -> None:

@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_forward_kernel(
     X, W, Y, RSTD, num_rows, heads, stride_t, stride_h, eps, N: tl.constexpr, P: tl.constexpr, B: tl.constexpr
 ):
     """B rows of Y = X * RSTD * W; RSTD fp32 is one over the root of the mean square."""
@@ -63,7 +63,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     DY, X, W, RSTD, DX, PARTIAL, num_rows, heads, stride_t, stride_h,
     N: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ class _RMSNorm(torch.autograd.Function):
         rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         sizes = _sizes(width)
         grid = (triton.cdiv(num_rows, sizes["B"]),)
-        forward_kernel[grid](x, weight, y, rstd, num_rows, *strides, eps, **sizes, num_warps=4)
+        rms_norm_forward_kernel[grid](x, weight, y, rstd, num_rows, *strides, eps, **sizes, num_warps=4)
         ctx.save_for_backward(x, weight, rstd)
         ctx.strides = strides
         return y
@@ -110,7 +110,7 @@ class _RMSNorm(torch.autograd.Function):
         programs = min(triton.cdiv(num_rows, sizes["B"]), _programs(x.device))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        backward_kernel[(programs,)](
+        rms_norm_backward_kernel[(programs,)](
             grad.contiguous(), x, weight, rstd, dx, partial, num_rows, *ctx.strides, **sizes, num_warps=8
         )
         return dx, partial.sum(0).to(weight.dtype), None

@@ -10,6 +10,7 @@ import pytest
 from phsa_megatron.config.schema import AttentionKind, Recompute
 from phsa_megatron.evaluation.full_size import page
 from phsa_megatron.evaluation.full_size.kernel_times import kind_of, summary
+from phsa_megatron.evaluation.full_size.roofline import least_ms
 from phsa_megatron.evaluation.full_size.rows import (
     ROWS,
     Setting,
@@ -68,6 +69,24 @@ def measured(name, tokens_per_s, mfu=0.3):
     }  # fmt: skip
 
 
+def test_the_least_times_are_those_of_the_shape():
+    """Qwen3-0.6B written out: 28 layers, 1024 hidden, 16/8 heads of 128, 3072 inner, 151,936 tokens."""
+    tokens, least = 131072, least_ms(config_of(ROW["dense_32k"], Setting()))
+    products = 28 * 1024 * (4096 + 2048 + 3 * 3072) + 151936 * 1024
+    assert least["linear layers"] == pytest.approx(6 * products * tokens / 989e9, rel=1e-9)
+    pairs = 4 * 32768 * 32769 / 2  # of four documents; scores and outputs, forward and twice that backward
+    assert least["attention"] == pytest.approx(28 * 3 * 4 * 128 * 16 * pairs / 989e9, rel=1e-9)
+    assert least["norms"] == pytest.approx(
+        tokens * 10 * (28 * (2 * 1024 + 24 * 128) + 1024) / 3.35e9, rel=1e-9
+    )
+    assert least["cross-entropy"] == pytest.approx(tokens * 6 * 151936 / 3.35e9, rel=1e-9)
+    sparse = least_ms(config_of(ROW["phsa_k2_32k"], Setting()))
+    assert sparse["attention"] < least["attention"] / 10
+    assert {k: v for k, v in sparse.items() if k != "attention"} == {
+        k: v for k, v in least.items() if k != "attention"
+    }
+
+
 def test_gates_compare_rows_of_the_same_length():
     rows = [
         measured("phsa_k2_32k", 230.0),
@@ -95,6 +114,7 @@ def test_gates_compare_rows_of_the_same_length():
         ("triton_poi_fused_mul_silu_split_1", "SwiGLU"),
         ("triton_poi_fused__to_copy_cat_mul_sub_0", "RoPE"),
         ("void at::native::vectorized_layer_norm_kernel<float>", "norms"),
+        ("rms_norm_forward_kernel", "norms"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("something_new", "other"),
     ],
@@ -124,6 +144,9 @@ def test_the_page_shows_what_is_there(tmp_path):
     page.write_json(tmp_path / page.ROWS_FILE, rows)
     profile = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 4e5}], 0.5) | {"name": "dense_32k"}
     page.write_json(tmp_path / page.PROFILE_FILE, [profile])
+    before = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 45e4}], 0.6)
+    before |= {"name": "dense_32k", "commit": "e" * 40}
+    page.write_json(tmp_path / page.EARLIER_PROFILE_FILE, [before])
     page.write_json(tmp_path / page.CURVES_FILE, {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}})
     page.write_json(tmp_path / page.OPS_FILE, {"ops_ms": {"SwiGLU": {"torch": 1.0, "compiled": "no"}}})
     text = page.write_page(tmp_path).read_text()
@@ -131,7 +154,9 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert "| dense_128k | OutOfMemoryError: no |" in text
     assert "| tokens/s at 32k, k = 2, against dense | 2.2 | 2.7 | 2.300 | passed |" in text
     assert re.search(r"\| dense_32k \| \d\.\d+ \| 1\.000 \| [+-]\d+\.\d% \| \d+\.\d \| 50\.0 \|", text)
-    assert "| linear layers | 400.0 |" in text and "| SwiGLU | 1.0 | no |" in text
+    assert "| | dense_32k before | dense_32k | least |" in text and "Before: commit `eeeeeeeeeeee`" in text
+    assert re.search(r"\| linear layers \| 450.0 \| 400.0 \| 47\d.\d \|", text)
+    assert "| SwiGLU | 1.0 | no |" in text
     assert "| phsa | 2 | 1.5000 | 1.5000 |" in text
     assert (tmp_path / "h100_training.png").stat().st_size > 1000
     assert json.loads((tmp_path / page.ROWS_FILE).read_text()) == rows

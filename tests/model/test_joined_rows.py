@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from phsa_megatron.attention import dense_attention
-from phsa_megatron.config.schema import AttentionKind, ParallelConfig, Recompute
+from phsa_megatron.config.activations import joins_rows
+from phsa_megatron.config.schema import AttentionKind, Recompute
 from phsa_megatron.model.factory import build_model
-from phsa_megatron.model.joined_rows import joins_rows
 
 BOUNDS = [0, 20, 64, 128, 150, 192]
 
@@ -95,7 +95,7 @@ def test_rows_that_are_documents_are_one_call_of_dense_attention(
     assert calls == config.model.num_layers * [(3, 64)]
 
 
-def test_parts_of_rows_are_not_joined():
-    assert joins_rows(ParallelConfig(tensor_size=2))
-    assert not joins_rows(ParallelConfig(tensor_size=2, sequence_parallel=True))
-    assert not joins_rows(ParallelConfig(context_size=2))
+def test_parts_of_rows_are_not_joined(tiny_config):
+    assert joins_rows(tiny_config(parallel__tensor_size=2))
+    assert not joins_rows(tiny_config(parallel__tensor_size=2, parallel__sequence_parallel=True))
+    assert not joins_rows(tiny_config(parallel__context_size=2))

@@ -4,7 +4,8 @@
     phsa-train measure-training --out OUT --only phsa_k2_32k dense_32k --parts rows profile
     phsa-train measure-training --out docs/results --parts page      the page again, from the files
 
-OUT/h100_training.json is written after every row; a row that does not fit or fails is a row that says so.
+OUT/h100_training.json is written after every row; a row that does not fit or fails is a row that says so,
+and rows that are there and not measured again stay.
 Parts: rows, profile (of the 32k steps), curves (--curve-steps steps of both at 4k), ops (norms and SwiGLU
 alone, in several implementations), page. Further KEY=VALUE settings go to every row.
 """
@@ -93,14 +94,15 @@ class Measurement:
 
     def measure_rows(self) -> None:
         """Measure every row that the deadline leaves time for."""
-        found: list[dict[str, Any]] = []
+        found = page.read_rows(self.folder)
         for row in self.rows:
             if self.left_s < _SECONDS_A_ROW.get(row.seq_len_tokens, 15.0):
                 self.say(f"{row.name}: no time left")
                 continue
-            found.append(self._row(row))
+            measured = self._row(row)
+            found = _in_order([*(old for old in found if old["name"] != row.name), measured])
             page.write_json(self.folder / page.ROWS_FILE, found)
-            self.say(page.line(found[-1]))
+            self.say(page.line(measured))
         for gate in gates(found):
             value = "-" if gate.value is None else f"{gate.value:.3f}"
             print(f"{gate.verdict:>12}  {gate.name}: {value} (gate {gate.least}, goal {gate.goal})")
@@ -239,6 +241,11 @@ class Measurement:
                 if self.left_s < 5:
                     break
         return losses
+
+
+def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = [row.name for row in ROWS]
+    return sorted(found, key=lambda row: names.index(row["name"]))
 
 
 def _may_be_faster(setting: Setting, best: Setting) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 KINDS: tuple[tuple[str, str], ...] = (
+    ("norms", r"rms|layer_?norm|gammabeta|rowwisemoments|cugrad|cucompute"),
     (
         "attention",
         "add_to_normalizer|normalizer_kernel|select_|count_kernel|chunk_sums|place_kernel|union_kernel|"
@@ -20,7 +21,6 @@ KINDS: tuple[tuple[str, str], ...] = (
     ),
     ("linear layers", r"gemm|nvjet|cutlass|xmma|cublas|splitk|sm90_|s16816"),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
-    ("norms", r"rms|layer_?norm|gammabeta|rowwisemoments|cugrad|cucompute"),
     ("cross-entropy", r"triton_\w*(amax|eq|exp|gather)\w*|softmax"),
     ("SwiGLU", r"triton_\w*(silu|sigmoid|swiglu)|silu"),
     ("RoPE", r"triton_\w*(cat|neg|split)"),

@@ -9,10 +9,12 @@ from typing import Any
 
 from phsa_megatron.config.planning.compare import TOLERANCE_FRAC, compare
 from phsa_megatron.config.resolved import write_atomically
+from phsa_megatron.evaluation.full_size.profile_page import profile_section
 from phsa_megatron.evaluation.full_size.rows import gates
 
 ROWS_FILE = "h100_training.json"
 PROFILE_FILE = "h100_training_profile.json"
+EARLIER_PROFILE_FILE = "h100_training_profile_earlier.json"
 CURVES_FILE = "h100_training_curves.json"
 OPS_FILE = "h100_training_ops.json"
 PAGE_FILE = "h100_training.md"
@@ -39,6 +41,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that were measured so far."""
+    return _read(folder / ROWS_FILE) or []
+
+
 def write_page(folder: Path) -> Path:
     """Write the page and its plots from the files that are there; return the page."""
     rows, profiles, curves, ops = (
@@ -50,7 +57,8 @@ def write_page(folder: Path) -> Path:
         _plot_rows(rows, folder / "h100_training.png")
         text += ["![tokens per second by sequence length](h100_training.png)", "", *_plan_section(rows), ""]
     if profiles:
-        text += [*_profile_section(profiles), ""]
+        earlier = _read(folder / EARLIER_PROFILE_FILE) or []
+        text += [*profile_section(profiles, earlier, PROFILE_FILE, EARLIER_PROFILE_FILE), ""]
     if ops:
         text += [*_ops_section(ops), ""]
     if curves:
@@ -68,13 +76,14 @@ def _read(path: Path) -> Any:
 
 def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
     about = rows[0]
+    commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"][:12] for row in rows))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     dense = {
         (r["seq_len_tokens"], r["packed"]): r for r in rows if r["attention"] == "dense" and "failed" not in r
     }
     lines = [
         f"`phsa-train measure-training --out docs/results` on one {about['device']} ({versions}), commit "
-        f"`{about['commit'][:12]}`. A step is forward, backward, AdamW and everything between, on "
+        f"{commits}. A step is forward, backward, AdamW and everything between, on "
         "131,072 tokens of the project's own text in Qwen's tokens; medians. Texts are joined to one "
         "document a sequence, except in the packed rows. MFU counts the FLOPs that the row's attention "
         "needs, without recomputation, against 989 TFLOP/s. Each row has the best of the settings that were "
@@ -123,30 +132,6 @@ def _plan_section(rows: list[dict[str, Any]]) -> list[str]:
             f"| {found.step_error_frac:+.1%} | {found.predicted_gib:.1f} | {found.measured_gib:.1f} "
             f"| {found.memory_error_frac:+.1%} |"
         )
-    return lines
-
-
-def _profile_section(profiles: list[dict[str, Any]]) -> list[str]:
-    kinds = list(dict.fromkeys(kind for profile in profiles for kind in profile["kinds_ms"]))
-    lines = [
-        "## Where a step's time goes",
-        "",
-        "Milliseconds of one profiled step, kernels grouped by name; every kernel is in "
-        f"[the profile]({PROFILE_FILE}). Idle is the step's wall time in which no kernel ran, with the "
-        "profiler's own cost in it.",
-        "",
-        "| | " + " | ".join(p["name"] for p in profiles) + " |",
-        "|---" * (len(profiles) + 1) + "|",
-    ]
-    for kind in kinds:
-        lines.append(
-            f"| {kind} | " + " | ".join(f"{p['kinds_ms'].get(kind, 0):.1f}" for p in profiles) + " |"
-        )
-    for name, key in (("idle", "idle_ms"), ("whole step", "step_ms")):
-        lines.append(f"| {name} | " + " | ".join(f"{p[key]:.1f}" for p in profiles) + " |")
-    lines.append(
-        "| waits of the host | " + " | ".join(str(sum(p["host_waits"].values())) for p in profiles) + " |"
-    )
     return lines
 
 
