@@ -140,7 +140,7 @@ def test_a_profile_counts_overlapping_kernels_once_and_the_waits_of_the_host():
 def test_the_page_shows_what_is_there(tmp_path):
     rows = [measured("phsa_k2_32k", 230.0), measured("dense_32k", 100.0), measured("dense_4k", 90.0)]
     failed = {key: rows[0][key] for key in ("seq_len_tokens", "topk", "packed", "attention")}
-    rows.append(failed | {"name": "dense_128k", "failed": "OutOfMemoryError: no"})
+    rows.append(failed | {"name": "dense_128k", "commit": "d" * 40, "failed": "OutOfMemoryError: no"})
     page.write_json(tmp_path / page.ROWS_FILE, rows)
     profile = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 4e5}], 0.5) | {"name": "dense_32k"}
     page.write_json(tmp_path / page.PROFILE_FILE, [profile])

@@ -76,7 +76,7 @@ def _read(path: Path) -> Any:
 
 def _rows_section(rows: list[dict[str, Any]]) -> list[str]:
     about = rows[0]
-    commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"][:12] for row in rows))
+    commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"][:12] for r in rows))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     dense = {
         (r["seq_len_tokens"], r["packed"]): r for r in rows if r["attention"] == "dense" and "failed" not in r
