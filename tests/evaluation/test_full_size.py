@@ -147,7 +147,8 @@ def test_the_page_shows_what_is_there(tmp_path):
     before = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 45e4}], 0.6)
     before |= {"name": "dense_32k", "commit": "e" * 40}
     page.write_json(tmp_path / page.EARLIER_PROFILE_FILE, [before])
-    page.write_json(tmp_path / page.CURVES_FILE, {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}})
+    curves = {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}, "device": "GPU", "commit": "c" * 40}
+    page.write_json(tmp_path / page.CURVES_FILE, curves)
     page.write_json(tmp_path / page.OPS_FILE, {"ops_ms": {"SwiGLU": {"torch": 1.0, "compiled": "no"}}})
     text = page.write_page(tmp_path).read_text()
     assert "| phsa_k2_32k | none | 1 | 4 | 1,000.0 | 230 | 30.0% | 400 | 50.0 | 2.30 |" in text

@@ -151,7 +151,8 @@ def _ops_section(ops: dict[str, Any]) -> list[str]:
 
 
 def _curves_section(curves: dict[str, Any]) -> list[str]:
-    lines = ["## Loss at 4k", "", "| | steps | first 10 | last 10 |", "|---|---|---|---|"]
+    about = f"On one {curves['device']}, commit `{curves['commit'][:12]}`: fresh weights, the same text."
+    lines = ["## Loss at 4k", "", about, "", "| | steps | first 10 | last 10 |", "|---|---|---|---|"]
     for name, losses in curves["curves"].items():
         first, last = statistics.mean(losses[:10]), statistics.mean(losses[-10:])
         lines.append(f"| {name} | {len(losses)} | {first:.4f} | {last:.4f} |")
