@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from phsa_megatron.config.schema import AttentionKind, Recompute
+from phsa_megatron.data.demo import prepare_demo_sets
 from phsa_megatron.evaluation.full_size import page
 from phsa_megatron.evaluation.full_size.kernel_times import kind_of, summary
 from phsa_megatron.evaluation.full_size.roofline import least_ms
@@ -85,6 +89,41 @@ def test_the_least_times_are_those_of_the_shape():
     assert {k: v for k, v in sparse.items() if k != "attention"} == {
         k: v for k, v in least.items() if k != "attention"
     }
+
+
+TINY = (
+    "cluster=local_cpu", "model=demo_tiny", "data=demo", "data.seq_len_tokens=64", "attention.local_tokens=16",
+    "run.dtype=fp32", "attention.impl=reference", "compute.elementwise=unfused", "compute.norm=torch",
+    "optim.global_batch_sequences=2", "optim.micro_batch_sequences=2",
+)  # fmt: skip
+
+
+def measure(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "phsa_megatron.cli", "measure-training", "--out", "out", "--warm-up", "1",
+         "--timed", "1", *arguments, *TINY],
+        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_stays(tmp_path):
+    """The command itself, at toy size on a CPU: rows are added to rows, and a whole curve is not made again."""
+    list(prepare_demo_sets(tmp_path / "prepared" / "demo"))
+    measure(tmp_path, "--only", "phsa_k2_4k", "--parts", "rows", "curves", "--curve-steps", "3")
+    first = json.loads((tmp_path / "out" / page.ROWS_FILE).read_text())
+    curves = json.loads((tmp_path / "out" / page.CURVES_FILE).read_text())["curves"]
+    assert [row["name"] for row in first] == ["phsa_k2_4k"] and first[0]["step_ms"] > 0
+    assert {name: len(losses) for name, losses in curves.items()} == {"phsa": 3, "dense": 3}
+    assert curves["phsa"] != curves["dense"]
+    curves["phsa"] = [1.0, 2.0, 3.0]
+    page.write_json(tmp_path / "out" / page.CURVES_FILE, {"curves": {"phsa": curves["phsa"]}})
+    measure(tmp_path, "--only", "dense_4k", "--parts", "rows", "curves", "--curve-steps", "3")
+    rows = json.loads((tmp_path / "out" / page.ROWS_FILE).read_text())
+    assert [row["name"] for row in rows] == ["dense_4k", "phsa_k2_4k"] and rows[1] == first[0]
+    assert json.loads((tmp_path / "out" / page.CURVES_FILE).read_text())["curves"] == curves
 
 
 def test_gates_compare_rows_of_the_same_length():

@@ -18,6 +18,7 @@ import os
 import subprocess
 import time
 import traceback
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,17 @@ class Measurement:
             self.say(f"{row.name}: {profiles[-1]['kinds_ms']}, idle {profiles[-1]['idle_ms']} ms")
 
     def curves(self, num_steps: int) -> None:
-        """Train PHSA and dense attention at 4k from the same fresh weights on the same text."""
+        """Train PHSA and dense attention at 4k from the same fresh weights on the same text.
+
+        A curve of that many steps that is there already stays.
+        """
         self.session.groups.close()
-        curves: dict[str, list[float]] = {}
+        curves = {
+            name: losses for name, losses in page.read_curves(self.folder).items() if len(losses) == num_steps
+        }
         for name, row in (("phsa", Row("phsa", 4096, 2)), ("dense", Row("dense", 4096))):
+            if name in curves:
+                continue
             self.session = None  # type: ignore[assignment]  # its memory is needed
             settings = without(
                 [
@@ -225,22 +233,25 @@ class Measurement:
                 self.session = Session(
                     config_of(row, Setting(micro_batch=8), (*settings, *self.extra)), TrainState()
                 )
-                curves[name] = self._curve(num_steps)
+                for losses in self._curve(num_steps):
+                    curves[name] = losses
+                    page.write_json(self.folder / page.CURVES_FILE, {"curves": curves, **self.about})
                 self.session.groups.close()
             except Exception:
                 traceback.print_exc()
-            page.write_json(self.folder / page.CURVES_FILE, {"curves": curves, **self.about})
 
-    def _curve(self, num_steps: int) -> list[float]:
+    def _curve(self, num_steps: int) -> Iterator[list[float]]:
+        """Yield the losses so far, every 20 steps and at the end."""
         losses: list[float] = []
         with self.session.batches(num_steps) as source:
             for batches in source:
                 losses.append(self.session.step(batches).loss_nats)
                 if len(losses) % 20 == 0:
                     self.say(f"step {len(losses)}: {losses[-1]:.4f} nats")
+                    yield losses
                 if self.left_s < 5:
                     break
-        return losses
+        yield losses
 
 
 def _in_order(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

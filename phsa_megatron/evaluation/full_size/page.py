@@ -46,6 +46,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return _read(folder / ROWS_FILE) or []
 
 
+def read_curves(folder: Path) -> dict[str, list[float]]:
+    """Return the loss curves that are there, by attention."""
+    found: dict[str, list[float]] = (_read(folder / CURVES_FILE) or {"curves": {}})["curves"]
+    return found
+
+
 def write_page(folder: Path) -> Path:
     """Write the page and its plots from the files that are there; return the page."""
     rows, profiles, curves, ops = (
