@@ -10,7 +10,7 @@ from typing import Any
 from phsa_megatron.evaluation import needle_scores, plots
 from phsa_megatron.evaluation.needle_scores import ENOUGH_TRIALS, Hits
 from phsa_megatron.evaluation.needles import DEPTHS
-from phsa_megatron.evaluation.page_parts import HOW_TO_GET, check_lines, origin, table, write
+from phsa_megatron.evaluation.page_parts import HOW_TO_GET, check_lines, keep_cells, origin, table, write
 from phsa_megatron.evaluation.study_setup import read_cells
 
 OTHERS = ("random_tokens", "mean_pool", "infllm_v2")
@@ -29,8 +29,8 @@ tokens.
 Two readings: with prefill = dense the text before the question is read with dense attention and the question
 and the answer with the selector; with prefill = sparse everything is read with the selector.
 
-Written by `phsa-train selector-study lengths-page` from the measured cells; the numbers are in `{name}.json`.
-To reproduce:
+Written by `phsa-train selector-study lengths-page` from the measured cells; the numbers are in `{name}.json`,
+and every trial in `{name}_cells` (`xz -d` it into `--out` to go on from there). To reproduce:
 
 ```bash
 {how_to_get}only="--texts essays --tokens 1024 2048 4096 8192"
@@ -70,6 +70,7 @@ def write_lengths_page(cells_dir: Path, page: Path) -> str:
         parts += _part(prefill, lengths, page)
     parts += check_lines(cells_dir)
     write(page, parts, _content(by_prefill))
+    keep_cells(page, {"needles": cells_dir / "needles.jsonl"})
     return f"written: {page}.md and .json, {len(cells)} cells"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,20 @@ def write(page: Path, parts: Sequence[str], content: Any) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
     page.with_suffix(".json").write_text(json.dumps(_without_nan(content)) + "\n", encoding="utf-8")
+
+
+def keep_cells(page: Path, files: Mapping[str, Path]) -> None:
+    """Write PAGE_cells/NAME.jsonl.xz: every trial of the page, to count again or to go on measuring from.
+
+    Args:
+        page: path without its ending.
+        files: measured cells by NAME; what is not there is left out.
+    """
+    folder = page.with_name(f"{page.name}_cells")
+    for name, file in files.items():
+        if file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.jsonl.xz").write_bytes(lzma.compress(file.read_bytes()))
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,6 +14,7 @@ from phsa_megatron.evaluation.needle_verdicts import groups_of, needle_verdicts,
 from phsa_megatron.evaluation.page_parts import (
     HOW_TO_GET,
     check_lines,
+    keep_cells,
     mean_and_spread,
     origin,
     table,
@@ -30,8 +31,8 @@ SmolLM2-135M-Instruct, dense-trained and never trained with any of these selecto
 4 bits). What follows says how well a selector finds what a dense model looks at. It does not say what a model
 trained with it would do, and one small model is no verdict.
 
-Written by `phsa-train selector-study page` from the measured cells; the numbers are in `{name}.json`. To
-reproduce:
+Written by `phsa-train selector-study page` from the measured cells; the numbers are in `{name}.json`, and
+every needle trial in `{name}_cells` (`xz -d` them into `--out` to go on from there). To reproduce:
 
 ```bash
 {how_to_get}phsa-train selector-study mass    $with --out runs/study
@@ -85,6 +86,8 @@ def write_page(cells_dir: Path, page: Path, lambdas_dir: Path | None = None) -> 
         content["needles"] = _counts(found)
     parts += check_lines(cells_dir)
     write(page, parts, content)
+    files = {"needles": cells_dir / "needles.jsonl"}
+    keep_cells(page, files | ({"lambdas": lambdas_dir / "needles.jsonl"} if lambdas_dir else {}))
     return f"written: {page}.md and .json, {len(mass)} cells of mass, {len(needles)} of needles"
 
 

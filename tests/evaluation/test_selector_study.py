@@ -1,4 +1,5 @@
 import json
+import lzma
 import math
 
 import pytest
@@ -147,6 +148,11 @@ def test_the_page_says_where_punctuation_loses_and_how_many_trials_there_are(tmp
         assert (tmp_path / "page" / f"selectors_{name}.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads(page.with_suffix(".json").read_text())
     assert {k: content["needles"][1][k] for k in ("hits", "trials")} == {"hits": 15, "trials": 60}
+    kept = page.with_name("selectors_cells")
+    for name, file in (("needles", tmp_path), ("lambdas", tmp_path / "lambdas")):
+        assert (
+            lzma.decompress((kept / f"{name}.jsonl.xz").read_bytes()) == (file / "needles.jsonl").read_bytes()
+        )
 
 
 def test_check_counts_what_differs_in_the_trials_that_both_folders_have(tmp_path, capsys):
@@ -189,6 +195,8 @@ def test_the_page_of_lengths_answers_whether_punctuation_beats_its_control(tmp_p
     assert "By depth and length, 20 trials a cell" in text
     assert "prefill = dense: 2,048 tokens: not measured; 4,096 tokens: not measured." in text
     assert (tmp_path / "smollm2_needles_dense.png").read_bytes().startswith(b"\x89PNG")
+    (kept,) = (tmp_path / "smollm2_needles_cells").iterdir()
+    assert lzma.decompress(kept.read_bytes()) == (tmp_path / "needles.jsonl").read_bytes()
     content = json.loads(page.with_suffix(".json").read_text())
     own = [c for c in content if (c["selector"], c["num_tokens"]) == ("random_tokens", 8192)]
     assert [(c["depth_frac"], c["hits"]) for c in own] == [

