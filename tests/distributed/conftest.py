@@ -49,8 +49,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(folder, tiny_config):
-    """Returns {layout: results of its ranks}, references included; the first test process computes them."""
+def results(request, folder, tiny_config):
+    """Returns {case: results of its ranks}, references included; the first test process computes them."""
     one = [(f"one-{v}", layout_config(tiny_config, 1, o)) for v, o in VARIANTS.items()]
     one.append(("one-batched", layout_config(tiny_config, 1, {"optim__micro_batch_sequences": 2})))
     one.append(
@@ -63,16 +63,32 @@ def results(folder, tiny_config):
         jobs[processes].append((f"{layout}-{variant}", case_config(tiny_config, layout, variant)))
     jobs[2].append(("broken-cp2", case_config(tiny_config, "cp2", "plain")))
     jobs[4].append(("unmarked-cp4", case_config(tiny_config, "cp4_sparse", "plain")))
+    wanted = _selected(request.session.items)
+    if wanted is not None:
+        jobs = {n: [(name, c) for name, c in job if name in wanted] for n, job in jobs.items()}
     with FileLock(folder / "lock"):
         if not (folder / "all").exists():
             for processes, job in jobs.items():
-                _launch(job, folder, processes)
+                if job:
+                    _launch(job, folder, processes)
             (folder / "all").touch()
     return {
         name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(processes)]
         for processes, job in jobs.items()
         for name, _ in job
     }
+
+
+def _selected(items) -> set[str] | None:
+    """Returns the cases of the selected tests and their references; None: all, for a test names some."""
+    names: set[str] = set()
+    for item in items:
+        if "results" in getattr(item, "fixturenames", ()):
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            if not {"layout", "variant"} <= parameters.keys():
+                return None
+            names |= {f"{parameters['layout']}-{parameters['variant']}", f"one-{parameters['variant']}"}
+    return names
 
 
 def case_config(tiny_config, layout: str, variant: str):
