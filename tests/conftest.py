@@ -22,7 +22,9 @@ from phsa_megatron.config.schema import Dtype, TrainConfig
 from phsa_megatron.parallel.groups import Groups, initialize
 
 torch.set_num_threads(1)
-MAX_THREADS = 200
+MORE_THREADS = 200
+_left_threads = [0]
+"""How many were left by the last collection."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -32,8 +34,9 @@ def pytest_runtest_teardown() -> None:
     Python's collector alone lets thousands gather in a test process, and each wakes up a hundred times a
     second.
     """
-    if len(os.listdir("/proc/self/task")) > MAX_THREADS:
+    if len(os.listdir("/proc/self/task")) > _left_threads[0] + MORE_THREADS:
         gc.collect()
+        _left_threads[0] = len(os.listdir("/proc/self/task"))
 
 
 @pytest.fixture
