@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= phsa_demo_cpu
 
-.PHONY: help setup pretrain test lint slow slurm verify print-python clean
+.PHONY: help setup pretrain test lint slow slow-all slurm verify print-python clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create the environment only
 
@@ -29,13 +29,18 @@ pretrain: $(READY) ## train the PHSA demo model on real text, then open runs/phs
 	$(BIN)/phsa-train prepare-demo
 	$(BIN)/phsa-train recipe=$(RECIPE)
 
-# A test file stays in one process, so that what its tests share is made once.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# A test file stays in one process, so that what its tests share is made once. One more process than there are
+# cores, for tests wait for others' processes and clocks.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 test: $(READY) ## the fast test suite
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not multigpu"
 
 slow: $(READY) ## the tests of more than 30 s: golden curve, kill and resume, several processes
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not night and not slurm and not gpu and not multigpu"
+
+slow-all: $(READY) ## the slow tests and those that are too long for CI
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not slurm and not gpu and not multigpu"
 
 slurm: $(READY) ## every test on a real Slurm of four nodes (installs one; root)
@@ -54,6 +59,9 @@ verify: $(READY) ## prove that resume is exact, to the last bit
 
 print-python:
 	@echo $(PYTHON)
+
+print-workers:
+	@echo $(WORKERS)
 
 clean: ## remove the environment and caches; runs/ and prepared/ stay
 	rm -rf $(VENV) .venv312 .venv-interpreter .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

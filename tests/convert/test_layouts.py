@@ -1,8 +1,5 @@
 """From tensor and pipeline parallelism to one file and back: the same bits in every process's weights."""
 
-import subprocess
-import sys
-
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -11,7 +8,7 @@ from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.convert import compare_logits, export_hf, import_hf
 from phsa_megatron.convert.checkpoint_weights import settings_of
 from phsa_megatron.training.weights import find_checkpoint
-from tests.training.checkpoint_runs import SCRIPT_PROLOGUE, script_environment, write_script
+from tests.training.checkpoint_runs import SCRIPT_PROLOGUE, run_script_in_ranks, write_script
 
 FOUR_PROCESSES = (
     SCRIPT_PROLOGUE
@@ -68,19 +65,11 @@ FOUR_PROCESSES = (
 )
 
 
-def four_processes(script):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    result = subprocess.run(
-        [*torchrun, str(script)], capture_output=True, text=True, env=script_environment(), timeout=400
-    )
-    assert result.stdout.count("done") == 4, result.stdout + result.stderr
-
-
 @pytest.mark.slow
 def test_two_by_two_processes_to_one_file_and_back(tmp_path, tokenizer_file):
     pytest.importorskip("transformers", reason="the other implementation to compare with")
     script = write_script(tmp_path, FOUR_PROCESSES, tokenizer=str(tokenizer_file))
-    four_processes(script)
+    run_script_in_ranks(script, 4)
     for tied in (True, False):
         run, back = (tmp_path / "runs" / f"{name}_{tied}" for name in ("first", "back"))
         folder = tmp_path / f"file_{tied}"
@@ -99,4 +88,4 @@ def test_two_by_two_processes_to_one_file_and_back(tmp_path, tokenizer_file):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="not the same model"):
         compare_logits.compare_logits(checkpoint, config, folder, table)
-    four_processes(script)
+    run_script_in_ranks(script, 4)

@@ -1,40 +1,26 @@
-"""One start of python for each number of processes, and all layouts of that many processes in it."""
+"""One start for each number of processes, and all layouts of that many processes in it."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from tests import forks
 from tests.distributed.layout_matrix import CASES, LAYOUTS, VARIANTS
-
-WORKER = Path(__file__).with_name("layout_worker.py")
 
 
 def _launch(job, folder: Path, processes: int) -> None:
     job_file = folder / f"job{processes}.pt"
     torch.save(job, job_file)
-    command = [sys.executable]
-    if processes > 1:
-        # --standalone lets the system choose a free port.
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    root = Path(__file__).parents[2]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join(str(root / part) for part in ("", "kernels", "launch"))
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(
-        [*command, str(WORKER), str(job_file), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=environment,
-        cwd=root,
+    main, files = "tests.distributed.layout_worker:main", (str(job_file), str(folder))
+    ended = (
+        forks.run_ranks(processes, main, *files, timeout=500) if processes > 1 else [forks.run(main, *files)]
     )
-    assert done.returncode == 0, done.stderr[-20000:]
+    assert all(code == 0 for code, *_ in ended), "\n".join(err[-5000:] for *_, err in ended)
 
 
 def layout_config(tiny_config, processes: int, overrides):
@@ -55,12 +41,16 @@ def layout_config(tiny_config, processes: int, overrides):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("layouts")
+    """Returns a folder that all test processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def results(folder, tiny_config):
-    """Returns {layout: results of its ranks}, references included; one start for each number of processes."""
+def results(request, folder, tiny_config):
+    """Returns {case: results of its ranks}, references included; the first test process computes them."""
     one = [(f"one-{v}", layout_config(tiny_config, 1, o)) for v, o in VARIANTS.items()]
     one.append(("one-batched", layout_config(tiny_config, 1, {"optim__micro_batch_sequences": 2})))
     one.append(
@@ -73,13 +63,32 @@ def results(folder, tiny_config):
         jobs[processes].append((f"{layout}-{variant}", case_config(tiny_config, layout, variant)))
     jobs[2].append(("broken-cp2", case_config(tiny_config, "cp2", "plain")))
     jobs[4].append(("unmarked-cp4", case_config(tiny_config, "cp4_sparse", "plain")))
-    for processes, job in jobs.items():
-        _launch(job, folder, processes)
+    wanted = _selected(request.session.items)
+    if wanted is not None:
+        jobs = {n: [(name, c) for name, c in job if name in wanted] for n, job in jobs.items()}
+    with FileLock(folder / "lock"):
+        if not (folder / "all").exists():
+            for processes, job in jobs.items():
+                if job:
+                    _launch(job, folder, processes)
+            (folder / "all").touch()
     return {
         name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(processes)]
         for processes, job in jobs.items()
         for name, _ in job
     }
+
+
+def _selected(items) -> set[str] | None:
+    """Returns the cases of the selected tests and their references; None: all, for a test names some."""
+    names: set[str] = set()
+    for item in items:
+        if "results" in getattr(item, "fixturenames", ()):
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            if not {"layout", "variant"} <= parameters.keys():
+                return None
+            names |= {f"{parameters['layout']}-{parameters['variant']}", f"one-{parameters['variant']}"}
+    return names
 
 
 def case_config(tiny_config, layout: str, variant: str):

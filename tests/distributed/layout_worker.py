@@ -1,17 +1,15 @@
 """One process of a run that takes a training step's gradients under several layouts, one after the other.
 
-Called by test_layouts.py through torchrun: `layout_worker.py JOB_FILE OUT_DIR`. JOB_FILE is a torch file
-with a list of (name, TrainConfig). Every layout starts from the same weights, which are a function of each
-tensor's global name and shape, and sees the same global batch. For each layout every rank writes its pieces
-of every gradient, the blocks that it selected, and the bytes that its context-parallel group sent. A name
-that begins with `broken` loses one process's pooled keys, one that begins with `unmarked` the marks of the
-blocks that one process selected.
+`main(job_file, out_dir)` runs in every process; `job_file` is a torch file with [(name, TrainConfig), ...].
+Every layout starts from the same weights, which are a function of each tensor's global name and shape, and
+sees the same global batch. For each layout every rank writes its pieces of every gradient, the blocks that it
+selected, and the bytes that its context-parallel group sent. A name that begins with `broken` loses one
+process's pooled keys, one that begins with `unmarked` the marks of the blocks that one process selected.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -342,7 +340,3 @@ def main(job_file: str, out_dir: str) -> None:
         torch.save(found, os.path.join(out_dir, f"{name}.{rank}.pt"))
         groups.barrier()
         groups.close()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

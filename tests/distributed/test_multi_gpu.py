@@ -33,6 +33,7 @@ def test_two_processes_on_the_cpu_pass_every_part(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.night
 def test_four_processes_on_the_cpu_equal_one(tmp_path):
     only = ["cp4_nodes_sparse", "tp2_cp2_sp", "cp2_pp2_full"]
     code, report, cases = _run(

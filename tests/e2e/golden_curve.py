@@ -8,6 +8,7 @@ rule and the processor's vendor, family and model.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -61,6 +62,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, **PINNED, "PYTHONPATH": path}
 
 
+@functools.cache
 def key() -> str:
     """Return what a record is valid for: torch version and CPU capability under the pinned rule."""
     program = (
@@ -110,10 +112,11 @@ def phsa_train(*arguments: str, cwd: Path = ROOT) -> None:
 
 
 def run(*extra: str) -> list[dict[str, str]]:
-    """Return one row a step: the three numbers as hexadecimal floats, exact to the last bit."""
+    """Return one row a step: the three numbers as hexadecimal floats, exact to the last bit; `extra` wins."""
     phsa_train("prepare-demo")
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
-        phsa_train(*OVERRIDES, f"run.root_dir={folder}", *extra)
+        chosen = {text.split("=", 1)[0]: text for text in (*OVERRIDES, f"run.root_dir={folder}", *extra)}
+        phsa_train(*chosen.values())
         lines = (Path(folder) / "golden" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [json.loads(line).get("values", {}) for line in lines]
     return [{k: float(v[k]).hex() for k in KEYS} for v in values if KEYS[0] in v]

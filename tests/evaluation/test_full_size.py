@@ -92,7 +92,8 @@ def test_the_least_times_are_those_of_the_shape():
 
 
 TINY = (
-    "cluster=local_cpu", "model=demo_tiny", "data=demo", "data.seq_len_tokens=64", "attention.local_tokens=16",
+    "cluster=local_cpu", "model=demo_tiny", "data=demo", "data.seq_len_tokens=64",
+    "attention.local_tokens=16",
     "run.dtype=fp32", "attention.impl=reference", "compute.elementwise=unfused", "compute.norm=torch",
     "optim.global_batch_sequences=2", "optim.micro_batch_sequences=2",
 )  # fmt: skip
@@ -110,7 +111,7 @@ def measure(folder, *arguments):
 
 @pytest.mark.slow
 def test_what_was_measured_before_stays(tmp_path):
-    """The command itself, at toy size on a CPU: rows are added to rows, and a whole curve is not made again."""
+    """The command itself, tiny, on a CPU: rows are added to rows, a whole curve is not made again."""
     list(prepare_demo_sets(tmp_path / "prepared" / "demo"))
     measure(tmp_path, "--only", "phsa_k2_4k", "--parts", "rows", "curves", "--curve-steps", "3")
     first = json.loads((tmp_path / "out" / page.ROWS_FILE).read_text())

@@ -124,8 +124,9 @@ def forward(as_on_a_gpu) -> Callable[..., Pass]:
         kept: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
+            # Without its operation: what an operation keeps holds this function and what it returned.
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             losses = model(

@@ -90,7 +90,10 @@ def in_chromium(page_file, *options, timeout_s=60):
     profile = page_file.parent / "browser"
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=3000", *options,
+        # No network: it asks for nothing by itself.
+        "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", f"--user-data-dir={profile}", "--enable-logging=stderr",
+        "--virtual-time-budget=3000", *options,
         page_file.resolve().as_uri(),
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)

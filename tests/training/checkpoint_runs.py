@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from phsa_megatron.training.checkpoint import Checkpointer
 from phsa_megatron.training.commit import FORMAT_VERSION
 from phsa_megatron.training.optimizer import build_parts, set_hyperparameters
 from phsa_megatron.training.state import TrainState, capture_rng, rng_digest
+from tests import forks
 
 # Everything below the guard: megatron's save starts a process that imports the main script.
 SCRIPT_PROLOGUE = """
@@ -150,10 +148,6 @@ class Run:
         return self.state
 
 
-def script_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-
 def write_script(tmp_path, script, **values):
     tests = Path(__file__).parent
     path = tmp_path / "script.py"
@@ -164,12 +158,15 @@ def write_script(tmp_path, script, **values):
 
 
 def run_script(tmp_path, script, **values) -> str:
-    path = write_script(tmp_path, script, **values)
-    result = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, env=script_environment(), timeout=200
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    code, out, err = forks.run(write_script(tmp_path, script, **values))
+    assert code == 0, out + err
+    return out
+
+
+def run_script_in_ranks(path: Path, processes: int) -> None:
+    """Run a script that prints `done` in every rank."""
+    ended = forks.run_ranks(processes, path)
+    assert [(code, out.count("done")) for code, out, _ in ended] == [(0, 1)] * processes, ended
 
 
 def format_config(root: Path) -> TrainConfig:

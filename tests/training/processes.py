@@ -1,23 +1,20 @@
-"""Training processes of a run, started and watched as processes of their own."""
+"""Training processes of a run, started and watched as processes of their own: forks with all imports done."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
+from tests.forks import ROOT, Fork, environment
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120
+__all__ = ["ROOT", "Ended", "environment", "finish", "free_port", "run_processes", "start"]
+TIMEOUT_S = 240
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
-def start(config: TrainConfig, ranks: list[int], **more: str) -> list[subprocess.Popen[str]]:
+def start(config: TrainConfig, ranks: list[int], **more: str) -> list[Fork]:
     """Start some of the processes of a run."""
     folder = prepare_run_folder(config).folder
     world_size = config.cluster.num_nodes * config.cluster.processes_per_node
@@ -59,19 +51,16 @@ def start(config: TrainConfig, ranks: list[int], **more: str) -> list[subprocess
         WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **more
     )
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Fork(
+            "phsa_megatron.train:main",
+            [str(folder.config_file)],
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in ranks
     ]
 
 
-def finish(config: TrainConfig, processes: list[subprocess.Popen[str]], began_s: float) -> Ended:
+def finish(config: TrainConfig, processes: list[Fork], began_s: float) -> Ended:
     """Wait for processes and return how they ended; none is left behind."""
     try:
         printed = [process.communicate(timeout=TIMEOUT_S) for process in processes]
@@ -79,7 +68,7 @@ def finish(config: TrainConfig, processes: list[subprocess.Popen[str]], began_s:
         for process in processes:
             process.kill()
     return Ended(
-        [process.returncode for process in processes],
+        [process.returncode or 0 for process in processes],
         [out for out, _ in printed],
         [err for _, err in printed],
         time.monotonic() - began_s,

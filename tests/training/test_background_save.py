@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.training.commit import CheckpointStore
-from tests.training.processes import ROOT, environment
+from tests import forks
 
 # The real training process, whose first writer in the background takes so long that the signal comes first.
 # The signal goes to the whole process group, as a batch system sends it: to the writer and its helper, too.
@@ -57,22 +55,14 @@ def test_a_signal_during_a_background_save_finishes_it_and_leaves_saved(tiny_con
     folder = prepare_run_folder(config).folder
     script = tmp_path / "slow_writer.py"
     script.write_text(SLOW_WRITER)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder.config_file)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        start_new_session=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "asked to leave by SIGTERM" in done.stdout
+    code, stdout, stderr = forks.run(script, folder.config_file)
+    assert code == 0, stdout[-2000:] + stderr[-3000:]
+    assert "asked to leave by SIGTERM" in stdout
     events = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     seconds = {e["step"]: e["seconds"] for e in events if e.get("event") == "checkpoint_committed"}
     assert seconds[2] >= 2.0, "the signal came while the save was under way"
     left_at = max(seconds)
     store = CheckpointStore(folder.checkpoints_dir, folder.committed_step)
     assert store.recorded_step() == left_at and store.is_committed(left_at) and store.is_committed(2)
-    assert f"step {left_at} of 400 is saved" in done.stdout
+    assert f"step {left_at} of 400 is saved" in stdout
     assert not list(folder.checkpoints_dir.glob("*.partial"))

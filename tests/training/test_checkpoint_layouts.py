@@ -1,7 +1,5 @@
 """Checkpoints of several processes: exact on the same layout, readable on another one, failures agreed on."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from tests.training.checkpoint_runs import (
     SCRIPT_PROLOGUE,
     Run,
     fingerprint,
-    script_environment,
+    run_script_in_ranks,
     tiny_config,
     use_nsa,
     write_script,
@@ -119,12 +117,7 @@ def test_two_processes_save_resume_fail_and_reshard_together(tmp_path):
         run.train(1)
         run.save()
         nsa_before = fingerprint(run.parts)
-    script = write_script(tmp_path, TWO_PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*torchrun, str(script)], capture_output=True, text=True, env=script_environment(), timeout=400
-    )
-    assert result.stdout.count("done") == 2, result.stdout + result.stderr
+    run_script_in_ranks(write_script(tmp_path, TWO_PROCESSES), 2)
     # Written by one process, read and written by two with split weights, read again by one.
     with Run(one) as run:
         assert run.load().step == 4

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,45 +14,29 @@ from phsa_megatron.config.context_volume import context_volume
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.monitoring.records import read_records
+from tests.training.processes import ROOT, environment, run_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _start(config, num_processes=1, **environment):
-    """Runs a config in processes of its own, and returns (exit code, stdout, stderr) of each."""
+def _command(config, **more):
+    """Runs a config in one process, as its command; returns (exit code, stdout, stderr)."""
     folder = prepare_run_folder(config).folder
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    shared = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    if num_processes > 1:
-        shared |= {
-            "WORLD_SIZE": str(num_processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
-            env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_processes)
-    ]
-    try:
-        results = [process.communicate(timeout=TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, results, strict=True)]
+    done = subprocess.run(
+        [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
+        env=environment(**more),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def _start(config, num_processes, **more):
+    """Runs a config in several processes, and returns (exit code, stdout, stderr) of each."""
+    ended = run_processes(config, list(range(num_processes)), **more)
+    return list(zip(ended.codes, ended.stdout, ended.stderr, strict=True))
 
 
 def _curve(config, name="train/loss_nats"):
@@ -64,7 +46,7 @@ def _curve(config, name="train/loss_nats"):
 
 def test_a_failure_leaves_one_line_that_says_where(tiny_config):
     config = tiny_config()
-    ((code, _, stderr),) = _start(config, PHSA_FAULT="nan_loss@step=2")
+    code, _, stderr = _command(config, PHSA_FAULT="nan_loss@step=2")
     assert code == 1
     assert "step 2 stopped before the weights changed" in stderr
     assert "Traceback" not in stderr
@@ -79,7 +61,7 @@ def test_a_failure_leaves_one_line_that_says_where(tiny_config):
 def test_two_processes_train_like_one_and_leave_together(tiny_config):
     """The signal reaches the second process only; both leave after the same step, and go on together."""
     one = tiny_config(**{"run.name": "one"})
-    ((code, stdout, _),) = _start(one)
+    code, stdout, _ = _command(one)
     assert code == 0
     assert "all steps are trained" in stdout
 
