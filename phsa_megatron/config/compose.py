@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -120,29 +121,46 @@ def compose_tree(overrides: list[str], recipes_dir: Path | None = None) -> Tree:
     folders = [builtin] if recipes_dir is None else [builtin, _own_recipes_dir(recipes_dir, builtin)]
     available = options(recipes_dir)
     arguments = parse_overrides(overrides, available)
-    hydra_overrides = [
+    choices = tuple(
         f"{group}={'null' if name is None else name}" for group, name in arguments.choices.items()
-    ]
-    if recipes_dir is not None:
-        hydra_overrides.append(f"hydra.searchpath=['file://{folders[1]}']")
-    ConfigStore.instance().store(name="schema", node=TrainConfig, provider="phsa_megatron")
-    with (
-        _messages_for_people(available),
-        initialize_config_dir(config_dir=str(builtin), job_name="phsa-train", version_base="1.3"),
-    ):
-        loader = GlobalHydra.instance().config_loader()
-        order = loader.compute_defaults_list("train", hydra_overrides, RunMode.RUN).defaults
-        files = [_read(entry, folders) for entry in order if _is_recipe_file(entry)]
-        _check_files(files)
-        composed = hydra_compose("train", overrides=hydra_overrides, return_hydra_config=True)
-    chosen = composed.hydra.runtime.choices
-    choices = {group: chosen.get(group) for group in GROUPS}
-    OmegaConf.set_struct(composed, False)
-    del composed["hydra"]
+    )
+    # A person's own recipes may change while this process lives, as in a notebook; ours do not.
+    composed, files, chosen = (_compose_files if recipes_dir is None else _compose_files.__wrapped__)(
+        choices, tuple(folders)
+    )
     layers = [nested(key, value) for key, value, _ in arguments.settings]
     tree = OmegaConf.merge(OmegaConf.structured(TrainConfig), composed, *layers)
     assert isinstance(tree, DictConfig)
-    return Tree(tree, _provenance(tree, files, arguments), choices)
+    return Tree(tree, _provenance(tree, files, arguments), {group: chosen.get(group) for group in GROUPS})
+
+
+@lru_cache(maxsize=64)
+def _compose_files(
+    choices: tuple[str, ...], folders: tuple[Path, ...]
+) -> tuple[DictConfig, list[_RecipeFile], dict[str, str | None]]:
+    """Return what the chosen files say together, the files in order, and the choice of each group.
+
+    Args:
+        choices: `GROUP=NAME` of the command line.
+        folders: the built-in recipes, and a person's own.
+    """
+    available = options(folders[1] if len(folders) > 1 else None)
+    search = [f"hydra.searchpath=['file://{folder}']" for folder in folders[1:]]
+    hydra_overrides = [*choices, *search]
+    ConfigStore.instance().store(name="schema", node=TrainConfig, provider="phsa_megatron")
+    with (
+        _messages_for_people(available),
+        initialize_config_dir(config_dir=str(folders[0]), job_name="phsa-train", version_base="1.3"),
+    ):
+        loader = GlobalHydra.instance().config_loader()
+        order = loader.compute_defaults_list("train", hydra_overrides, RunMode.RUN).defaults
+        files = [_read(entry, list(folders)) for entry in order if _is_recipe_file(entry)]
+        _check_files(files)
+        composed = hydra_compose("train", overrides=hydra_overrides, return_hydra_config=True)
+    chosen = {str(group): name for group, name in composed.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return composed, files, chosen
 
 
 def options(recipes_dir: Path | None = None) -> dict[str, list[str]]:
