@@ -160,6 +160,14 @@ METRICS: dict[str, Metric] = {
             "FLOPs that full causal attention would have needed for the same documents: speed, not "
             "utilization.",
         ),
+        Metric(
+            "perf/goodput_frac",
+            "fraction",
+            "over all launches, up to the record",
+            "Share of the wall time since the run's first launch that went into steps that count: a step "
+            "made again after a restart counts once; starts, evaluations, saves and the time between "
+            "launches do not. `phsa-launch status` prints the same.",
+        ),
         *(
             Metric(
                 f"perf/{phase}_s",

@@ -6,9 +6,11 @@ ends in good order; the same command goes on from there. `touch RUN/save` saves 
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from phsa_megatron.config.goodput import STEP_TIME
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.config.topk_schedule import changes_over_steps, step_topk
 from phsa_megatron.data.batches import Batch
@@ -131,9 +133,19 @@ def _log(run: Run, batches: list[Batch], result: StepResult, alarms: Alarms) -> 
         values = run.meter.record(run, result)
         if changes_over_steps(run.config.attention):
             values["attention/topk"] = step_topk(run.config, step).mean
+        values |= _goodput(run, values)
         run.recorder.log(step, values)
         run.console.step(step, values)
         alarms.after_record(values)
+
+
+def _goodput(run: Run, values: dict[str, float]) -> dict[str, float]:
+    """Returns the goodput over all launches, on process 0."""
+    if run.goodput is None:
+        return {}
+    run.goodput.add(run.state.step, values[STEP_TIME])
+    share = run.goodput.frac(time.time())
+    return {} if share is None else {"perf/goodput_frac": share}
 
 
 def _due(run: Run, every_steps: int) -> bool:

@@ -12,6 +12,8 @@ from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.derive import Derived, derive
 from phsa_megatron.config.document_flops import DocumentFlops
 from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.config.goodput import Goodput
+from phsa_megatron.config.records import read_records
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig, WandbMode
 from phsa_megatron.config.skip_list import check_skip_list, skipped_ranges
@@ -58,6 +60,8 @@ class Run:
     meter: Meter
     notify: Notify
     """Tells a person and the records what happened; on process 0."""
+    goodput: Goodput | None = None
+    """Over all launches; on process 0, which has the records."""
     asked: StopRequest = field(default_factory=StopRequest)
     """What was asked and not yet done; `save` is struck off by `save`, `exit` stays."""
 
@@ -163,6 +167,7 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
                 DocumentFlops(config, derived.parameters),
                 clock,
             ),
+            goodput=Goodput.of(read_records(folder.metrics_file), state.step) if groups.rank == 0 else None,
         )
 
 

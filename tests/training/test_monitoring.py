@@ -12,10 +12,12 @@ from collections import Counter
 
 import pytest
 
+from phsa_launch.run_progress import read_progress
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import ProfileConfig
 from phsa_megatron.monitoring import wandb_offline
+from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.monitoring.wandb_offline import read_offline
 from phsa_megatron.training import profile_command
 from phsa_megatron.training.faults import VARIABLE, InjectedFaultError
@@ -70,6 +72,33 @@ def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_json
         file.write(json.dumps({"step": 7, "time": 1.0, "values": {"train/loss_nats": 1.0}}) + "\n")
     assert wandb_offline.main([str(finished.folder.path)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_config, run, monkeypatch):
+    config = tiny_config(**{"checkpoint.save_every_steps": 2})
+    monkeypatch.setenv(VARIABLE, "crash@step=6")
+    with pytest.raises(InjectedFaultError):
+        run(config)
+    monkeypatch.delenv(VARIABLE)
+    # The first launch is moved into the past: as if the run had waited a thousand seconds for a node.
+    file = RunFolder.of(config).metrics_file
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"time": line["time"] - 1000}) + "\n" for line in lines))
+    finished = run(config)
+
+    records = read_records(finished.folder.metrics_file)
+    _, step_times = records.series("perf/step_time_s")
+    expected = sum(step_times) / (records.time_by_step[6] - records.launches[0].start_time)
+    steps, shares = records.series("perf/goodput_frac")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    # The clock is read before the record is written: far less than a second of more than a thousand.
+    assert shares[-1] == pytest.approx(expected, rel=1e-3) and shares[-1] < shares[3] / 3
+    seen = read_progress(finished.folder).goodput
+    assert seen.frac(records.time_by_step[6]) == pytest.approx(shares[-1], rel=1e-3)
+    # What it must not be: of the last launch alone, or with step 5 counted twice.
+    alone = sum(step_times[4:]) / (records.time_by_step[6] - records.launches[1].start_time)
+    (twice,) = [line["values"]["perf/step_time_s"] for line in lines if line.get("step") == 5]
+    assert abs(alone / expected - 1) > 0.01 and twice / sum(step_times) > 0.01
 
 
 @pytest.mark.skipif(
