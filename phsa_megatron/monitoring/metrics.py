@@ -185,6 +185,15 @@ METRICS: dict[str, Metric] = {
             )
         ),
         Metric(
+            "perf/communication_s",
+            "s",
+            "mean over processes and over the steps since the last record",
+            "Time a step stood in communication that it waited for: blocking collectives, and of those beside "
+            "computation the wait alone; waiting for slower processes included; on a GPU by the device's "
+            "clock. A part of the three times above (and of the wait for a pipeline's first input), not to "
+            "be added to them. Not logged by one process.",
+        ),
+        Metric(
             "perf/slowest_ratio",
             "ratio",
             "largest over processes, since the last record",
@@ -294,6 +303,18 @@ METRICS: dict[str, Metric] = {
             for where, there in (("", "."), ("layer_<n>/", ", in layer n."))
             for name, meaning in _INFORMATION.items()
             if not (where and name in ("window_mass_frac", "oracle_mass_frac"))
+        ),
+        *(
+            Metric(
+                f"attention/{where}max_logit",
+                "1",
+                "max over sampled queries, all their heads and processes, every "
+                "monitoring.max_logit_every_steps steps",
+                "Largest scaled product of a sampled query with a key of its document up to itself, attended "
+                f"to or not{there}: no more than the largest of all queries; what grows without bound ends "
+                "in a softmax of one key.",
+            )
+            for where, there in (("", ""), ("layer_<n>/", ", in layer n"))
         ),
         Metric(
             "checkpoint/save_s",

@@ -110,8 +110,10 @@ def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
     """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
     rng = capture_rng()
     recorder = information.recorder_of_step(run.config, run.groups, run.state.step + 1)
+    logits = information.logits_of_step(run.config, run.groups, run.state.step + 1)
     try:
-        result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder)
+        with run.meter.communication.running():
+            result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder, logits)
     except NonFiniteStepError as error:
         # Raised on all processes together, so that they can still write a checkpoint together.
         failure = write_replay(run, error, rng)
@@ -119,6 +121,8 @@ def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
         raise failure from error
     if recorder is not None:
         run.recorder.log(run.state.step, information.metrics(recorder, run.groups))
+    if logits is not None:
+        run.recorder.log(run.state.step, information.logit_metrics(logits, run.groups))
     if _due(run, run.config.monitoring.norms_every_steps):
         run.recorder.log(run.state.step, norm_metrics(run.parts, result.grad_norm))
     alarms.after_step(result, rng)

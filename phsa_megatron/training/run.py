@@ -24,6 +24,7 @@ from phsa_megatron.monitoring.console import Console
 from phsa_megatron.monitoring.recorder import Recorder
 from phsa_megatron.monitoring.throughput import Throughput
 from phsa_megatron.monitoring.wandb_run import stable_run_id
+from phsa_megatron.parallel.communication_clock import CommunicationClock
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import stages
 from phsa_megatron.training.checkpoint import Checkpointer, Notify
@@ -166,6 +167,7 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
                 _throughput(derived, config, state.consumed_sequences),
                 DocumentFlops(config, derived.parameters),
                 clock,
+                CommunicationClock(groups.device),
             ),
             goodput=Goodput.of(read_records(folder.metrics_file), state.step) if groups.rank == 0 else None,
         )
