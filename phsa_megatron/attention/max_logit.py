@@ -1,4 +1,4 @@
-"""The largest attention logit of sampled queries: q . k * scale over all keys of the document up to the query.
+"""The largest attention logit of sampled queries: q . k * scale over the keys of the document up to the query.
 
 Keys that are not selected count, so that a change of selection moves nothing; what attention really sees is
 no larger. Under context parallelism the few sampled queries travel instead of the keys: every process has
@@ -88,11 +88,12 @@ def largest_logit(
         scale: of the products.
     """
     wide = torch.promote_types(keys.dtype, torch.float32)
-    grouped = queries.to(wide).unflatten(1, (keys.shape[1], -1)) * scale
+    grouped = queries.to(wide).view(len(queries), keys.shape[1], -1, keys.shape[2]) * scale
     _, document = side_info.positions()
     largest = torch.full((), -math.inf, dtype=wide, device=keys.device)
-    for here, at in zip(keys.split(_CHUNK_KEYS), tokens.split(_CHUNK_KEYS), strict=True):
-        logits = torch.einsum("nhrd,khd->nhrk", grouped, here.to(wide))
+    for start in range(0, len(keys), _CHUNK_KEYS):
+        at = tokens[start : start + _CHUNK_KEYS]
+        logits = torch.einsum("nhrd,khd->nhrk", grouped, keys[start : start + _CHUNK_KEYS].to(wide))
         seen = (document[at] == document[sample][:, None]) & (at <= sample[:, None])
         largest = torch.maximum(largest, logits.masked_fill(~seen[:, None, None], -math.inf).amax())
     return largest

@@ -1,7 +1,8 @@
 """Goodput: the share of a run's time that went into steps that count.
 
-`perf/goodput_frac` and `phsa-launch status` both take it from here. A step that a restart made again counts once. What lowers it: starting, loading, evaluations, saves, steps
-that were lost with a killed launch, and the time between launches.
+`perf/goodput_frac` and `phsa-launch status` both take it from here. A step that a restart made again counts
+once. What lowers it: starting, loading, evaluations, saves, steps that were lost with a killed launch, and
+the time between launches.
 """
 
 from __future__ import annotations
