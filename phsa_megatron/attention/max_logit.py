@@ -1,4 +1,4 @@
-"""The largest attention logit of sampled queries: q . k * scale over the keys of the document up to the query.
+"""The largest attention logit of sampled queries: q . k * scale over the document's keys up to the query.
 
 Keys that are not selected count, so that a change of selection moves nothing; what attention really sees is
 no larger. Under context parallelism the few sampled queries travel instead of the keys: every process has

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 DOMAIN = "<domain>"
 LAYER = "<n>"
+BUCKET = "<m>"
 BLOCK = "<block>"
 STEP_AXIS = "progress/step"
 """The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
@@ -25,6 +26,7 @@ LAUNCH = "progress/launch"
 _PLACEHOLDER_PATTERNS = {
     DOMAIN: r"[^/\s]+",
     LAYER: r"\d+",
+    BUCKET: r"\d+",
     BLOCK: r"embedding|layer_\d+|final_norm|mtp_\d+|output",
 }
 
@@ -34,8 +36,8 @@ class Metric:
     """One row of the table.
 
     Attributes:
-        name: What is logged; `<domain>`, `<n>` and `<block>` stand for a validation domain, a number and a
-            part of the model.
+        name: What is logged; `<domain>`, `<n>`, `<m>` and `<block>` stand for a validation domain, numbers
+            and a part of the model.
         unit: The unit of the value.
         reduction: How one value comes out of many tokens, steps or processes.
         meaning: One sentence for a person.
@@ -51,7 +53,7 @@ class Metric:
         return self._pattern().fullmatch(name) is not None
 
     def capture(self, name: str) -> str | None:
-        """Return what stands at the row's placeholder in `name`, None without a match or a placeholder."""
+        """Return what stands at the row's first placeholder in `name`; None without a match or one."""
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
@@ -287,10 +289,25 @@ METRICS: dict[str, Metric] = {
             )
         ),
         Metric(
-            "attention/distance_log2_<n>_frac",
+            "attention/distance_log2_<m>_frac",
             "fraction",
             _SHAPE_MEAN + " and layers",
-            "Share of the selected blocks that are 2^n to 2^(n+1) - 1 blocks away (n = 15: or further).",
+            "Share of the selected blocks that are 2^m to 2^(m+1) - 1 blocks away (m = 15: or further).",
+        ),
+        Metric(
+            "attention/layer_<n>/distance_log2_<m>_frac",
+            "fraction",
+            _SHAPE_MEAN,
+            "The same in layer n, as far as any layer selects.",
+        ),
+        *(
+            Metric(
+                f"attention/{where}distance_histogram",
+                "blocks",
+                f"that of attention/{where}distance_log2_<m>_frac",
+                "Those shares as one histogram over the distance; in W&B only.",
+            )
+            for where in ("", "layer_<n>/")
         ),
         Metric(
             "attention/topk",
@@ -360,8 +377,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number, `<block>` for embedding, layer_1, "
-        "layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
+        "`<domain>` stands for a validation domain, `<n>` and `<m>` for numbers, `<block>` for embedding, "
+        "layer_1, layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
         "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",

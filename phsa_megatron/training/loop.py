@@ -171,6 +171,8 @@ def evaluate(run: Run) -> Evaluation | None:
     run.meter.start()
     if evaluation is not None:
         run.recorder.log(run.state.step, evaluation.metrics())
+        for histogram in evaluation.histograms():
+            run.recorder.histogram(run.state.step, histogram.name, histogram.shares, histogram.edges)
         losses = "  ".join(
             f"{domain} {loss.nats_per_token:.4f} nats/token {loss.bits_per_byte:.4f} bits/byte"
             for domain, loss in evaluation.domains.items()

@@ -57,8 +57,9 @@ def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_json
         if row.step in wanted and "train/loss_nats" in row.values
     ]
     assert curve == [loss for loss, _, _ in finished.curve()]
-    (table,) = [row for row in launches[1].rows if "samples" in row.values]
-    assert table.values == {"samples": "table-file"}
+    (row,) = [row for row in launches[1].rows if "samples" in row.values]
+    assert row.values == {"samples": "table-file"}
+    _objects_and_code_are_those_of_the_run(launches, finished)
 
     capsys.readouterr()
     assert wandb_offline.main([str(finished.folder.path)]) == 0
@@ -72,6 +73,40 @@ def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_json
         file.write(json.dumps({"step": 7, "time": 1.0, "values": {"train/loss_nats": 1.0}}) + "\n")
     assert wandb_offline.main([str(finished.folder.path)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def _objects_and_code_are_those_of_the_run(launches, finished):
+    (samples,) = [o for o in launches[1].objects if o.kind == "table"]
+    written = json.loads(finished.folder.summary_file.read_text())["samples"]
+    assert (samples.step, samples.name, samples.columns) == (6, "samples", ["step", "prompt", "text"])
+    assert samples.rows == [[6, sample["prompt"], sample["text"]] for sample in written]
+    assert written[0]["prompt"] == "the cat"
+
+    # Histograms of the last evaluation: by layer and over all, the shares that metrics.jsonl has.
+    values = read_records(finished.folder.metrics_file).values_by_step[6]
+    found = {o.name: o for o in launches[1].objects if o.kind == "histogram" and o.step == 6}
+    wheres = ["attention/", "attention/layer_1/", "attention/layer_2/"]
+    assert list(found) == [f"{where}distance_histogram" for where in wheres]
+    for where in wheres:
+        bins = found[f"{where}distance_histogram"].rows
+        assert [edges for *edges, _ in bins] == [[2**m, 2 ** (m + 1)] for m in range(len(bins))]
+        logged = [values[f"{where}distance_log2_{m}_frac"] for m in range(len(bins))]
+        assert [share for *_, share in bins] == logged
+        # A share is rounded once, and so is each sum: a dozen roundings of 2^-53.
+        assert sum(logged) == pytest.approx(1, abs=1e-14) and len({*logged}) > 1
+        assert where == "attention/" or f"{where}distance_log2_{len(bins)}_frac" not in values
+
+    for launch in launches:
+        name = f"code/launch_{launch.launch}"
+        assert launch.config["code"][f"launch_{launch.launch}"].startswith(("commit ", "phsa-megatron "))
+        text = launch.files[f"{name}/version"].read_text()
+        assert text == (finished.folder.code_dir / "version").read_text()
+        assert {f"{name}/{file.name}" for file in finished.folder.code_dir.iterdir()} <= set(launch.files)
+    assert [event["code"] for event in finished.events("start")] == [
+        launch.config["code"][f"launch_{launch.launch}"] for launch in launches
+    ]
+    assert launches[0].config["run"]["name"] == launches[1].config["run"]["name"] == "tiny"
+    assert launches[1].config["derived"]["tokens_per_step"] == 4 * 64
 
 
 def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_config, run, monkeypatch):
