@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
 from phsa_launch.run_progress import read_progress
 from phsa_megatron.config.errors import ConfigError, DeviceError
@@ -21,6 +22,9 @@ from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.monitoring.wandb_offline import read_offline
 from phsa_megatron.training import profile_command
 from phsa_megatron.training.faults import VARIABLE, InjectedFaultError
+from phsa_megatron.training.profiling import PhaseRanges
+from phsa_megatron.training.progress import Progress
+from tests.training.processes import run_processes
 
 
 def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_jsonl(
@@ -136,6 +140,31 @@ def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_con
     assert abs(alone / expected - 1) > 0.01 and twice / sum(step_times) > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_size": 2},
+        {"pipeline_size": 2},
+        {"context_size": 2},
+        {"context_size": 2, "context_exchange": "block_sparse"},
+        {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ],
+    ids=["tensor", "pipeline", "context", "context_sparse", "overlapped"],
+)
+def test_who_waits_for_the_other_process_has_it_in_communication(tiny_config, layout):
+    """Process 1 is slow by 2 s in one step; process 0 waits, wherever its layout first needs the other."""
+    settings = {f"parallel.{name}": value for name, value in layout.items()}
+    config = tiny_config(**{"cluster.processes_per_node": 2, "run.train_steps": 5, **settings})
+    ended = run_processes(config, [0, 1], **{VARIABLE: "slow@rank=1,step=3,phase=forward,seconds=2"})
+    assert ended.codes == [0, 0], ended.everything()
+    values = read_records(ended.folder.metrics_file).values_by_step
+    waited = {step: values[step]["perf/communication_s"] for step in range(1, 6)}
+    # Half of 2 s in the mean of both, less what process 0 still had to do itself.
+    assert 0.8 < waited[3] < values[3]["perf/step_time_s"], waited
+    assert max(waited[4], waited[5]) < 0.5, waited
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed here"
 )
@@ -189,6 +218,21 @@ def test_a_run_traces_the_steps_that_its_recipe_names(tiny_config, run):
 def test_a_trace_of_the_last_steps_is_written_too(tiny_config, run):
     config = tiny_config(**{"monitoring.profile.first_step": 6, "monitoring.profile.num_steps": 9})
     assert len(list(run(config).folder.profile_dir.iterdir())) == 2
+
+
+def test_phases_are_nvtx_ranges_one_after_the_other(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: calls.append(name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("end"))
+    for nvtx in (True, False):
+        progress = Progress()
+        ranges = PhaseRanges(progress, nvtx=nvtx)
+        progress.on_enter.append(ranges.enter)
+        for phase in ("data", "forward", "backward"):
+            progress.enter(phase, step=4)
+        ranges.leave()
+        ranges.leave()  # nothing is open
+    assert calls == ["step 4: data", "end", "step 4: forward", "end", "step 4: backward", "end"]
 
 
 def test_the_command_traces_without_a_run_folder(tiny_config, tmp_path):
