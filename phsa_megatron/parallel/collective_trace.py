@@ -12,6 +12,7 @@ not waited for: what such a call returns is then a `_Watched` handle. Collective
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -50,14 +51,15 @@ class _Last:
 
 
 _installed = False
+_before_megatron = False
 
 
 def install() -> None:
     """Wrap torch's collectives; a second call does nothing."""
-    global _installed
+    global _installed, _before_megatron
     if _installed:
         return
-    _installed = True
+    _installed, _before_megatron = True, "megatron.core" not in sys.modules
     for name in (*_TRACED, *_COMPARED_BY_IDENTITY):
         original = getattr(dist, name, None)
         if original is None:
@@ -70,9 +72,9 @@ def install() -> None:
     setattr(dist, _COALESCING, _coalesced(getattr(dist, _COALESCING)))
 
 
-def is_installed() -> bool:
-    """Whether collectives are traced in this process."""
-    return _installed
+def is_complete() -> bool:
+    """Whether every collective of this process is seen: megatron has copied no name that is not wrapped."""
+    return _before_megatron
 
 
 def listen(listener: Listener | None) -> None:

@@ -166,9 +166,9 @@ class Meter:
         if groups.world_size > 1:
             rank, values["perf/slowest_ratio"], _ = self.own_times.slowest()
             values["perf/slowest_rank"] = rank
-            # Where nobody traces collectives (a process that train.py did not start) no number is better
-            # than a zero.
-            if collective_trace.is_installed():
+            # Where not every collective is seen (a process that train.py did not start) no number is better
+            # than one that is too small.
+            if collective_trace.is_complete():
                 values["perf/communication_s"] = communication.mean().item() / self._num_steps
         return values
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from phsa_megatron.parallel import collective_trace, cpu_shim
 
-cpu_shim.install()
 collective_trace.install()  # as in a run: each collective is timed
+cpu_shim.install()
 
 from phsa_megatron.config.compose import compose  # noqa: E402
 from phsa_megatron.config.prepare_run import prepare_run_folder  # noqa: E402
