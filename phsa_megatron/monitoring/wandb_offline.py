@@ -91,7 +91,10 @@ def _read(path: Path) -> OfflineLaunch:
     records = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     run: dict[str, Any] = next((record["run"] for record in records if record["type"] == "run"), {})
     config = dict(run.get("config", {}).get("update", {}))
-    rows, objects, files, launch = [], [], {}, None
+    rows: list[LoggedRow] = []
+    objects: list[OfflineObject] = []
+    files: dict[str, Path] = {}
+    launch = None
     for record in records:
         if record["type"] == "config":
             config |= record["config"].get("update", {})
