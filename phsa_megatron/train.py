@@ -37,11 +37,11 @@ def main(config_path: str | Path) -> int:
     except PhsaError as error:
         print(error, file=sys.stderr)
         return FAILED
-    # Torch may be imported from here on, and megatron only after the shim and the trace.
+    # Torch may be imported from here on, and megatron only after the trace: the shim imports it.
     from phsa_megatron.parallel import collective_trace, cpu_shim, mcore
 
-    cpu_shim.install(hide_gpu=config.cluster.device is Device.cpu)
     collective_trace.install()
+    cpu_shim.install(hide_gpu=config.cluster.device is Device.cpu)
     mcore.hide_known_notices()
     from phsa_megatron.training.progress import Progress
     from phsa_megatron.training.watchdog import Watchdog

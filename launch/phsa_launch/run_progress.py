@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 from phsa_megatron.config.errors import PhsaError
-from phsa_megatron.config.records import Records, read_records
+from phsa_megatron.config.goodput import STEP_TIME, Goodput
+from phsa_megatron.config.records import read_records
 from phsa_megatron.config.run_folder import RunFolder
 
-_STEP_TIME = "perf/step_time_s"
 _RECENT_RECORDS = 50
 
 
@@ -54,16 +54,14 @@ class Progress:
         logged_step: last step with a record; 0 before the first.
         last_record_unix_s: when the last record was written, or None.
         step_time_s: median time of the recent steps, or None.
-        new_step_s: time in steps that count: those that a restart ran again count once.
-        first_start_unix_s: when the run first started, or None.
+        goodput: time in steps that count, and when the run first started; None before that.
         num_superseded_steps: recorded steps that were run again.
     """
 
     logged_step: int = 0
     last_record_unix_s: float | None = None
     step_time_s: float | None = None
-    new_step_s: float = 0.0
-    first_start_unix_s: float | None = None
+    goodput: Goodput | None = None
     num_superseded_steps: int = 0
 
 
@@ -72,13 +70,12 @@ def read_progress(folder: RunFolder) -> Progress:
     if not folder.metrics_file.is_file():
         return Progress()
     records = read_records(folder.metrics_file)
-    steps, times = records.series(_STEP_TIME)
+    steps, times = records.series(STEP_TIME)
     return Progress(
         logged_step=steps[-1] if steps else 0,
         last_record_unix_s=records.launches[-1].last_time if records.launches else None,
         step_time_s=median(times[-_RECENT_RECORDS:]) if times else None,
-        new_step_s=_new_step_s(records),
-        first_start_unix_s=records.launches[0].start_time if records.launches else None,
+        goodput=Goodput.of(records),
         num_superseded_steps=records.num_superseded_steps,
     )
 
@@ -112,11 +109,6 @@ def attempt_start_unix_s(folder: RunFolder) -> int | None:
         return None
 
 
-def goodput_frac(progress: Progress, on_nodes_s: float) -> float | None:
-    """Return the share of time in new steps, or None before any time has passed."""
-    return progress.new_step_s / on_nodes_s if on_nodes_s > 0 else None
-
-
 @dataclass(frozen=True)
 class Heartbeat:
     """A rank's last sign of life: where it was, and how long ago."""
@@ -147,12 +139,3 @@ def read_heartbeats(folder: Path, now_unix_s: float | None = None) -> list[Heart
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PhsaError(f"{file} is no heartbeat: {error!r}. Remove it.") from error
     return sorted(beats, key=lambda beat: beat.rank)
-
-
-def _new_step_s(records: Records) -> float:
-    """Return the time of all steps that count; a record holds the mean since the one before."""
-    total, previous = 0.0, 0
-    for step, step_time_s in zip(*records.series(_STEP_TIME), strict=True):
-        total += step_time_s * (step - previous)
-        previous = step
-    return total

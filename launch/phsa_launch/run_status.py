@@ -16,7 +16,6 @@ from phsa_launch.run_progress import (
     Heartbeat,
     Progress,
     attempt_start_unix_s,
-    goodput_frac,
     read_attempts,
     read_heartbeats,
     read_progress,
@@ -113,22 +112,24 @@ def _time_left(config: TrainConfig, progress: Progress, folder: RunFolder) -> st
 
 def _goodput(folder: RunFolder, progress: Progress, attempts: list[Attempt], is_running: bool) -> str:
     """Return the share of time in steps that count: of the time on nodes, and of all time since the start."""
+    goodput = progress.goodput
+    if goodput is None or progress.last_record_unix_s is None:
+        return ""
     on_nodes_s = sum(float(attempt.end_unix_s - attempt.start_unix_s) for attempt in attempts)
     end_unix_s = float(attempts[-1].end_unix_s) if attempts else progress.last_record_unix_s
     started = attempt_start_unix_s(folder)
     if is_running and started is not None:
         end_unix_s = time.time()
         on_nodes_s += end_unix_s - started
-    elif not attempts and progress.first_start_unix_s is not None and progress.last_record_unix_s is not None:
-        on_nodes_s = progress.last_record_unix_s - progress.first_start_unix_s
-    share = goodput_frac(progress, on_nodes_s)
-    if share is None or end_unix_s is None or progress.first_start_unix_s is None:
+    elif not attempts:
+        on_nodes_s = progress.last_record_unix_s - goodput.first_start_unix_s
+    share, of_all = goodput.share_of(on_nodes_s), goodput.frac(end_unix_s)
+    if share is None:
         return ""
-    first = min([progress.first_start_unix_s, *(float(attempt.start_unix_s) for attempt in attempts)])
     text = f"{share:.1%} of {words_for_seconds(on_nodes_s)} at work went into steps that count"
-    whole_s = end_unix_s - first
-    if attempts and whole_s > 0:
-        text += f" ({progress.new_step_s / whole_s:.1%} of {words_for_seconds(whole_s)} since the start)"
+    if attempts and of_all is not None:
+        whole_s = end_unix_s - goodput.first_start_unix_s
+        text += f" ({of_all:.1%} of {words_for_seconds(whole_s)} since the first launch)"
     if progress.num_superseded_steps:
         text += f"; {progress.num_superseded_steps} steps were run twice"
     return text

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phsa_launch import slurm_commands
-from phsa_launch.code_snapshot import write_code_snapshot
 from phsa_launch.job_script import job_log, job_name, render
+from phsa_megatron.config.code_snapshot import write_code_snapshot
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.prepare_run import Start, prepare_run_folder
 from phsa_megatron.config.resolved import write_atomically

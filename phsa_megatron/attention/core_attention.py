@@ -129,18 +129,26 @@ class _DocumentAttention(MegatronModule):  # type: ignore[misc]
         own_tokens, num_rows = query.shape[:2]
         if side_info.prompt_cache is not None:
             side_info.prompt_cache.keep(self.layer_number, flat[1], flat[2], side_info)
-        if self.context_groups is None:
+        shard = self._shard(num_rows, side_info)
+        if side_info.logits is not None:
+            side_info.logits.see(self.layer_number, flat[0], flat[1], side_info, self.softmax_scale, shard)
+        if shard is None:
             out = self._attend(*flat, side_info)
         else:
-            shard = ContextShard(
-                self.context_groups,
-                num_rows,
-                side_info.token_ids.shape[1],
-                self.parallel.context_sharding,
-                self.parallel.context_exchange,
-            )
             out = self._attend_sharded(*flat, side_info, shard)
         return out.reshape(num_rows, own_tokens, -1).transpose(0, 1).contiguous()
+
+    def _shard(self, num_rows: int, side_info: SideInfo) -> ContextShard | None:
+        """Return which part of the rows this process holds, None if it holds all."""
+        if self.context_groups is None:
+            return None
+        return ContextShard(
+            self.context_groups,
+            num_rows,
+            side_info.token_ids.shape[1],
+            self.parallel.context_sharding,
+            self.parallel.context_exchange,
+        )
 
     def _is_dense_layer(self) -> bool:
         """Return whether this layer attends to everything, whatever the pass."""

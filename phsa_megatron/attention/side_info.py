@@ -31,6 +31,7 @@ from phsa_megatron.config.schema import AttentionConfig
 
 if TYPE_CHECKING:
     from phsa_megatron.attention.added_losses import AddedLosses
+    from phsa_megatron.attention.max_logit import MaxLogitRecorder
 
 _T = TypeVar("_T")
 
@@ -89,6 +90,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     """Collects selection statistics in evaluation; None in training."""
     losses: AddedLosses | None = None
     """Collects the losses that layers add to the cross-entropy in training; None where there are none."""
+    logits: MaxLogitRecorder | None = None
+    """Sees queries and keys of every layer in steps that measure the largest logit; else None."""
     layer_input: Any = None
     """A `layer_input.LayerInput`: that of the layer which reads this, where its selector needs it."""
     prompt_cache: PromptCache | None = None
@@ -110,6 +113,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
         is_dense: bool = False,
         losses: AddedLosses | None = None,
         host_cu_seqlens: Tensor | None = None,
+        logits: MaxLogitRecorder | None = None,
     ) -> SideInfo:
         """Return the side information of one micro-batch. Every pipeline stage builds its own.
 
@@ -124,6 +128,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             is_dense: full causal attention in every layer.
             losses: collects added losses, or None.
             host_cu_seqlens: the same as `cu_seqlens` on the CPU, so that dense attention need not fetch it.
+            logits: sees every layer's queries and keys, or None.
 
         Raises:
             ValueError: a shape or dtype is wrong.
@@ -155,6 +160,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             is_dense=is_dense,
             recorder=recorder,
             losses=losses,
+            logits=logits,
             _memo=known,
         )
 
@@ -218,6 +224,7 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
             pool_weights=_weights(flags, ids, self.cu_seqlens, self.attention),
             layer_topk=(),
             recorder=None,
+            logits=None,
             layer_input=None,
             _memo={},
         )

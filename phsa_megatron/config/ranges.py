@@ -132,6 +132,8 @@ RANGES: dict[str, Range] = {
     "health.max_all_reduce_s": _POSITIVE,
     "monitoring.information_every_steps": _FROM_ZERO,
     "monitoring.information_rows": _FROM_ONE,
+    "monitoring.max_logit_every_steps": _FROM_ZERO,
+    "monitoring.max_logit_rows": _FROM_ONE,
     "monitoring.norms_every_steps": _FROM_ZERO,
     "monitoring.profile.first_step": _FROM_ZERO,
     "monitoring.profile.num_steps": _FROM_ONE,

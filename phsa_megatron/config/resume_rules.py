@@ -199,6 +199,8 @@ RULES: dict[str, ResumeRule] = {
     "monitoring.log_every_steps": _WATCHING,
     "monitoring.information_every_steps": _WATCHING,
     "monitoring.information_rows": _WATCHING,
+    "monitoring.max_logit_every_steps": _WATCHING,
+    "monitoring.max_logit_rows": _WATCHING,
     "monitoring.norms_every_steps": _WATCHING,
     "monitoring.progress": _WATCHING,
     "monitoring.tensorboard": _WATCHING,

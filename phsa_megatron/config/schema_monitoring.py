@@ -68,6 +68,10 @@ class MonitoringConfig:
     """Steps between measurements of the attention mass that selection loses, in training; 0 never."""
     information_rows: int = 32
     """Queries that one such measurement looks at, per layer and micro-batch."""
+    max_logit_every_steps: int = 100
+    """Steps between measurements of the largest attention logit, in training; 0 never."""
+    max_logit_rows: int = 32
+    """Queries that one such measurement looks at, per layer and micro-batch."""
     norms_every_steps: int = 100
     """Steps between records of gradient and weight norms by block of the model; 0 never."""
     progress: bool = True

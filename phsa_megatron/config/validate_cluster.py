@@ -115,6 +115,16 @@ def _gpus(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def _nvtx(config: TrainConfig) -> Iterator[str]:
+    if config.monitoring.nvtx and config.cluster.device is Device.cpu:
+        yield broken(
+            "monitoring.nvtx",
+            "true",
+            "NVTX ranges are of a GPU's timeline (cluster.device=cpu)",
+            "set it to false (monitoring.profile names phases on any device), or cluster.device=cuda",
+        )
+
+
 def _sbatch_options(config: TrainConfig) -> Iterator[str]:
     for name in config.cluster.sbatch:
         key = f"cluster.sbatch.{name}"
@@ -184,6 +194,7 @@ CLUSTER_RULES: tuple[Rule, ...] = (
     _slurm_only,
     _time_limit,
     _gpus,
+    _nvtx,
     _sbatch_options,
     _one_line,
     _environment,

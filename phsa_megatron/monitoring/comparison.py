@@ -32,8 +32,11 @@ _CURVES = (
     ("perf/mfu_selected_frac", "Utilization, FLOPs of the run's own attention", True),
     ("perf/dense_equiv_tflops", "Speed in FLOPs of full causal attention", True),
     ("perf/step_time_s", "Time of a step", True),
+    ("perf/communication_s", "Time in communication that a step waits for", True),
+    ("perf/goodput_frac", "Share of all time in steps that count", False),
     ("perf/slowest_ratio", "Slowest process over the median", True),
     ("memory/peak_gib", "Peak memory", False),
+    ("attention/max_logit", "Largest attention logit", False),
     ("attention/kept_mass_frac", "Attention mass that is kept", False),
     ("attention/oracle_gain_frac", "What selection adds, of what it could", False),
     ("attention/block_punctuation_frac", "Punctuation in all blocks", False),
@@ -43,6 +46,7 @@ _CURVES = (
 _MAPS = (
     (SELECTED, "attention on the selected blocks"),
     ("attention/layer_<n>/kept_mass_frac", "attention mass that is kept"),
+    ("attention/layer_<n>/max_logit", "largest attention logit"),
     ("attention/layer_<n>/selected_punctuation_frac", "punctuation in the selected blocks"),
 )
 _NAMES_OF_A_RUN = ("run.name", "run.root_dir")
@@ -146,6 +150,7 @@ def _facts(run: Compared) -> dict[str, str]:
         "tokens/s": median("perf/tokens_per_s", short_count),
         "utilization": median("perf/mfu_selected_frac", "{:.1%}".format),
         "dense TFLOP/s": median("perf/dense_equiv_tflops", "{:.3g}".format),
+        "goodput": last("perf/goodput_frac", "{:.1%}".format),
         "restarts": str(max(0, len(records.launches) - 1)),
         "alerts": str(len(read_alerts(run.folder.alerts_dir))),
     }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 DOMAIN = "<domain>"
 LAYER = "<n>"
+BUCKET = "<m>"
 BLOCK = "<block>"
 STEP_AXIS = "progress/step"
 """The name of the step axis in W&B; in `metrics.jsonl` it is the record's own `step`."""
@@ -25,6 +26,7 @@ LAUNCH = "progress/launch"
 _PLACEHOLDER_PATTERNS = {
     DOMAIN: r"[^/\s]+",
     LAYER: r"\d+",
+    BUCKET: r"\d+",
     BLOCK: r"embedding|layer_\d+|final_norm|mtp_\d+|output",
 }
 
@@ -34,8 +36,8 @@ class Metric:
     """One row of the table.
 
     Attributes:
-        name: What is logged; `<domain>`, `<n>` and `<block>` stand for a validation domain, a number and a
-            part of the model.
+        name: What is logged; `<domain>`, `<n>`, `<m>` and `<block>` stand for a validation domain, numbers
+            and a part of the model.
         unit: The unit of the value.
         reduction: How one value comes out of many tokens, steps or processes.
         meaning: One sentence for a person.
@@ -51,7 +53,7 @@ class Metric:
         return self._pattern().fullmatch(name) is not None
 
     def capture(self, name: str) -> str | None:
-        """Return what stands at the row's placeholder in `name`, None without a match or a placeholder."""
+        """Return what stands at the row's first placeholder in `name`; None without a match or one."""
         match = self._pattern().fullmatch(name)
         return match[1] if match and match.re.groups else None
 
@@ -160,6 +162,14 @@ METRICS: dict[str, Metric] = {
             "FLOPs that full causal attention would have needed for the same documents: speed, not "
             "utilization.",
         ),
+        Metric(
+            "perf/goodput_frac",
+            "fraction",
+            "over all launches, up to the record",
+            "Share of the wall time since the run's first launch that went into steps that count: a step "
+            "made again after a restart counts once; starts, evaluations, saves and the time between "
+            "launches do not. `phsa-launch status` prints the same.",
+        ),
         *(
             Metric(
                 f"perf/{phase}_s",
@@ -175,6 +185,15 @@ METRICS: dict[str, Metric] = {
                 ),
                 ("optimizer", "a step's gradient norm, clipping, update and gathering of weights"),
             )
+        ),
+        Metric(
+            "perf/communication_s",
+            "s",
+            "mean over processes and over the steps since the last record",
+            "Time a step stood in communication that it waited for: blocking collectives, and of those "
+            "beside computation the wait alone; waiting for slower processes included; on a GPU by the "
+            "device's clock. A part of the three times above (and of the wait for a pipeline's first input), "
+            "not to be added to them. Not logged by one process.",
         ),
         Metric(
             "perf/slowest_ratio",
@@ -270,10 +289,25 @@ METRICS: dict[str, Metric] = {
             )
         ),
         Metric(
-            "attention/distance_log2_<n>_frac",
+            "attention/distance_log2_<m>_frac",
             "fraction",
             _SHAPE_MEAN + " and layers",
-            "Share of the selected blocks that are 2^n to 2^(n+1) - 1 blocks away (n = 15: or further).",
+            "Share of the selected blocks that are 2^m to 2^(m+1) - 1 blocks away (m = 15: or further).",
+        ),
+        Metric(
+            "attention/layer_<n>/distance_log2_<m>_frac",
+            "fraction",
+            _SHAPE_MEAN,
+            "The same in layer n, as far as any layer selects.",
+        ),
+        *(
+            Metric(
+                f"attention/{where}distance_histogram",
+                "blocks",
+                f"that of attention/{where}distance_log2_<m>_frac",
+                "Those shares as one histogram over the distance; in W&B only.",
+            )
+            for where in ("", "layer_<n>/")
         ),
         Metric(
             "attention/topk",
@@ -286,6 +320,18 @@ METRICS: dict[str, Metric] = {
             for where, there in (("", "."), ("layer_<n>/", ", in layer n."))
             for name, meaning in _INFORMATION.items()
             if not (where and name in ("window_mass_frac", "oracle_mass_frac"))
+        ),
+        *(
+            Metric(
+                f"attention/{where}max_logit",
+                "1",
+                "max over sampled queries, all their heads and processes, every "
+                "monitoring.max_logit_every_steps steps",
+                "Largest scaled product of a sampled query with a key of its document up to itself, attended "
+                f"to or not{there}: no more than the largest of all queries; what grows without bound ends "
+                "in a softmax of one key.",
+            )
+            for where, there in (("", ""), ("layer_<n>/", ", in layer n"))
         ),
         Metric(
             "checkpoint/save_s",
@@ -331,8 +377,8 @@ def render_markdown() -> str:
         "",
         "    python -m phsa_megatron.monitoring.metrics > docs/metrics.md",
         "",
-        "`<domain>` stands for a validation domain, `<n>` for a number, `<block>` for embedding, layer_1, "
-        "layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
+        "`<domain>` stands for a validation domain, `<n>` and `<m>` for numbers, `<block>` for embedding, "
+        "layer_1, layer_2, ..., final_norm, mtp_1 or output. Values are written at full "
         "precision to `metrics.jsonl` in the run folder; W&B and `report.html` show the same values.",
         "",
         "| name | unit | reduction | meaning |",

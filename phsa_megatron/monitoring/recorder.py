@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from phsa_megatron.config.code_snapshot import write_code_snapshot
 from phsa_megatron.config.derive import Derived
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.run_folder import RunFolder
@@ -45,7 +46,9 @@ class Recorder:
     """
 
     def __init__(self, folder: RunFolder, config: TrainConfig, derived: Derived, *, rank: int) -> None:
-        """Open the files, append a `start` event with the environment, and start W&B.
+        """Open the files, append a `start` event with environment and code, and start W&B.
+
+        RUN/code gets the code as this launch finds it, and so does W&B.
 
         Args:
             folder: The run folder; it exists.
@@ -69,7 +72,10 @@ class Recorder:
             self._tensorboard = TensorBoardWriter(folder.tensorboard_dir)
         self._descriptor, torn_bytes = _open_for_append(self._path)
         torn = {"torn_bytes_removed": torn_bytes} if torn_bytes else {}
-        self.event(START_EVENT, environment=environment(), **torn)
+        code = _snapshot(folder.code_dir)
+        if self._wandb is not None:
+            self._wandb.code(code, folder.code_dir)
+        self.event(START_EVENT, environment=environment(), code=code, **torn)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values at a step.
@@ -121,6 +127,24 @@ class Recorder:
         where = {} if step is None else {"step": step}
         self._append({"event": kind, "time": time.time(), **where, **fields})
 
+    def histogram(self, step: int, name: str, shares: list[float], edges: list[float]) -> None:
+        """Send a histogram to W&B; `metrics.jsonl` has its shares as values of their own.
+
+        Args:
+            step: Optimizer steps done.
+            name: In the metrics table.
+            shares: Of each bin.
+            edges: Of the bins: one more than shares.
+
+        Raises:
+            ValueError: The name is not in the metrics table, or edges do not fit.
+        """
+        lookup(name)
+        if len(edges) != len(shares) + 1:
+            raise ValueError(f"histogram {name!r}: {len(shares)} bins have {len(edges)} edges")
+        if self._wandb is not None:
+            self._wandb.histogram(step, name, shares, edges)
+
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Record continuations of prompts, as events, and as one table in W&B.
 
@@ -170,6 +194,14 @@ class Recorder:
             if written:  # Leave no half record: a later event, or the next launch, appends after it.
                 os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
             raise _write_error(self._path, error) from error
+
+
+def _snapshot(code_dir: Path) -> str:
+    """Write RUN/code; return it in one line."""
+    try:
+        return write_code_snapshot(code_dir)
+    except OSError as error:
+        raise _write_error(code_dir, error) from error
 
 
 def environment() -> dict[str, Any]:

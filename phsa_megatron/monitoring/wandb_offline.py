@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,24 @@ metrics.jsonl, and the command that uploads all of them into one W&B run.
 
 
 @dataclass(frozen=True)
+class OfflineObject:
+    """A table or a histogram that was logged at a step.
+
+    Attributes:
+        name: As it was logged.
+        kind: `table` or `histogram`.
+        columns: Names of a table's columns; nothing of a histogram.
+        rows: A table's rows; of a histogram (lower edge, upper edge, value) of each bin.
+    """
+
+    step: int
+    name: str
+    kind: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
 class OfflineLaunch:
     """What one launch wrote for W&B.
 
@@ -38,7 +56,9 @@ class OfflineLaunch:
         run_id: Of the W&B run that it belongs to.
         launch: Number of the launch, from 1; None if nothing was logged.
         rows: What was logged, in order.
-        config: The uploaded configuration.
+        config: The configuration that is uploaded, as the launch left it.
+        objects: Tables and histograms, in order.
+        files: Files that are uploaded, by their names in the W&B run.
     """
 
     path: Path
@@ -46,6 +66,8 @@ class OfflineLaunch:
     launch: int | None
     rows: list[LoggedRow]
     config: dict[str, Any]
+    objects: list[OfflineObject] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def read_offline(wandb_dir: Path) -> list[OfflineLaunch]:
@@ -68,15 +90,47 @@ def _read(path: Path) -> OfflineLaunch:
         raise DataError(f"W&B cannot read {path}: {ended.stderr.strip() or ended.stdout.strip()}")
     records = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     run: dict[str, Any] = next((record["run"] for record in records if record["type"] == "run"), {})
-    rows, launch = [], None
+    config = dict(run.get("config", {}).get("update", {}))
+    rows: list[LoggedRow] = []
+    objects: list[OfflineObject] = []
+    files: dict[str, Path] = {}
+    launch = None
     for record in records:
+        if record["type"] == "config":
+            config |= record["config"].get("update", {})
+        if record["type"] == "files":
+            names = [each["path"] for each in record["files"]["files"]]
+            files |= {name: path / "files" / name for name in names}
         if record["type"] == "history" and STEP_AXIS in record["history"]["item"]:
             item = record["history"]["item"]
             launch = int(item[LAUNCH])
             rows.append(LoggedRow(int(item[STEP_AXIS]), _values(item)))
-    return OfflineLaunch(
-        path, str(run.get("run_id", "")), launch, rows, run.get("config", {}).get("update", {})
-    )
+            objects += _objects(path, item)
+    return OfflineLaunch(path, str(run.get("run_id", "")), launch, rows, config, objects, files)
+
+
+def _objects(path: Path, item: dict[str, Any]) -> list[OfflineObject]:
+    """Return the tables and histograms of a row.
+
+    Raises:
+        DataError: The file of a table is gone.
+    """
+    found, step = [], int(item[STEP_AXIS])
+    for key, kind in item.items():
+        name = key.removesuffix("._type")
+        if key == name:
+            continue
+        if kind == "histogram":
+            edges, values = item[f"{name}.bins"], item[f"{name}.values"]
+            bins = [list(each) for each in zip(edges[:-1], edges[1:], values, strict=True)]
+            found.append(OfflineObject(step, name, "histogram", [], bins))
+        elif kind == "table-file":
+            file = path / "files" / item[f"{name}.path"]
+            if not file.is_file():
+                raise DataError(f"{path} logged the table {name!r}, and its file {file} is gone")
+            table = json.loads(file.read_text(encoding="utf-8"))
+            found.append(OfflineObject(step, name, "table", table["columns"], table["data"]))
+    return found
 
 
 def _values(item: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +208,8 @@ def main(argv: list[str]) -> int:
         steps = [row.step for row in launch.rows]
         span = f"steps {min(steps)} to {max(steps)}, {len(steps)} rows" if steps else "no rows"
         verdict = "equal to metrics.jsonl" if not found else f"DIFFERS: {found[0]}"
-        print(f"launch {number}: run id {launch.run_id}, {span}, {verdict}  ({launch.path.name})")
+        code = launch.config.get("code", {}).get(f"launch_{number}", "unknown code")
+        print(f"launch {number}: run id {launch.run_id}, {span}, {verdict}  ({launch.path.name}; {code})")
         status |= bool(found)
     print(f"upload: {sync_command(folder.wandb_dir, stable_run_id(folder.wandb_dir))}")
     return status

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,36 @@ class WandbRun:
         except Exception as error:
             self._give_up("table", error)
 
+    def histogram(self, step: int, name: str, shares: list[float], edges: list[float]) -> None:
+        """Send a histogram: shares of the bins between edges."""
+        if self._failed:
+            return
+        try:
+            wandb = importlib.import_module("wandb")
+            histogram = wandb.Histogram(np_histogram=(shares, edges))
+            self._run.log({STEP_AXIS: step, LAUNCH: self._launch, name: histogram})
+        except Exception as error:
+            self._give_up("histogram", error)
+
+    def code(self, text: str, code_dir: Path) -> None:
+        """Keep the code of this launch: a line in the configuration, the files under code/launch_N.
+
+        Args:
+            text: the code in one line.
+            code_dir: RUN/code; the next launch writes it anew, so that its files are copied.
+        """
+        if self._failed:
+            return
+        try:
+            name = f"launch_{self._launch}"
+            copied = shutil.copytree(code_dir, Path(self._run.dir) / "code" / name, dirs_exist_ok=True)
+            self._run.save(f"{copied}/*", base_path=self._run.dir, policy="now")
+            self._run.config.update({"code": {name: text}}, allow_val_change=True)
+        except Exception as error:  # The numbers are worth having without it.
+            _LOG.warning(
+                "W&B did not take the code (%s: %s); it is in %s.", type(error).__name__, error, code_dir
+            )
+
     def close(self) -> None:
         """Finish the run and print the upload command of an offline one."""
         try:
@@ -122,7 +153,7 @@ def start_wandb(config: TrainConfig, derived: Derived, wandb_dir: Path, launch: 
         "resume": "allow",
         "dir": str(wandb_dir.parent),
         "config": {**dataclasses.asdict(config), "derived": dataclasses.asdict(derived)},
-        # The console belongs to our progress bar, and a code snapshot is what git is for.
+        # The console belongs to our progress bar, and code() keeps more than the script that started.
         "settings": wandb.Settings(console="off", silent=True, save_code=False, init_timeout=60),
     }
     mode = str(settings.mode.value)

@@ -44,6 +44,7 @@ LAYOUT: dict[str, tuple[Plot, ...]] = {
         Plot("gradient norm", ("optim/grad_norm",), smooth=True, log=True),
         Plot("gradient norm by block", ("optim/<block>/grad_norm",), log=True),
         Plot("weight norm by block", ("optim/<block>/param_norm",)),
+        Plot("largest attention logit", ("attention/layer_<n>/max_logit",)),
         Plot("learning rate", ("optim/lr",)),
     ),
     "speed": (
@@ -54,6 +55,8 @@ LAYOUT: dict[str, tuple[Plot, ...]] = {
             "where a step's time goes",
             ("perf/step_time_s", "perf/forward_s", "perf/backward_s", "perf/optimizer_s", "perf/data_wait_s"),
         ),
+        Plot("of it, waiting for communication", ("perf/communication_s",)),
+        Plot("share of all time in steps that count", ("perf/goodput_frac",)),
         Plot("slowest process over the median", ("perf/slowest_ratio",)),
         Plot("time of a save", ("checkpoint/save_s",)),
         Plot("peak memory", ("memory/peak_gib",)),
@@ -65,7 +68,7 @@ LAYOUT: dict[str, tuple[Plot, ...]] = {
         Plot("punctuation in the selected blocks", ("attention/layer_<n>/selected_punctuation_frac",)),
         Plot("overlap with the query before", ("attention/layer_<n>/neighbour_overlap_frac",)),
         Plot("entropy of selection", ("attention/layer_<n>/selection_entropy_frac",)),
-        Plot("distance of the selected blocks", ("attention/distance_log2_<n>_frac",)),
+        Plot("distance of the selected blocks", ("attention/distance_log2_<m>_frac",)),
         Plot("queries that choose", ("attention/frac_queries_with_more_candidates_than_k",)),
     ),
 }

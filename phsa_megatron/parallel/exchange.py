@@ -135,6 +135,16 @@ def _reduce_scatter(parts: Tensor, groups: ContextGroups, group: dist.ProcessGro
     return result
 
 
+def sum_over_context(tensor: Tensor, groups: ContextGroups) -> Tensor:
+    """Return the sum of `tensor` over the processes of `groups`.
+
+    For measurements alone: `traffic` counts what a layer sends, and leaves this out.
+    """
+    total = tensor.clone()
+    dist.all_reduce(total, group=groups.whole)
+    return total
+
+
 @dataclass(frozen=True)
 class Route:
     """Which rows of a tensor every process of one group gets from this one, and how many come back.

@@ -91,6 +91,12 @@ class Groups:
         dist.all_reduce(total)
         return total
 
+    def max_over_world(self, tensor: Tensor) -> Tensor:
+        """Return the largest of `tensor`, element by element, over all processes."""
+        largest = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Return `tensor` of every process, [world_size, ...], on the CPU."""
         mine = tensor.detach().to(self.device)

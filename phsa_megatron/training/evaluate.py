@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ SHAPE_METRICS = (
     "neighbour_overlap_frac",
     "selection_entropy_frac",
 )
+_DISTANCE = re.compile(r"(attention/(?:layer_\d+/)?)distance_log2_\d+_frac")
 _NATS_PER_BIT = math.log(2.0)
 
 
@@ -79,6 +81,26 @@ class Evaluation:
             values[f"val/{domain}/loss_nats"] = loss.nats_per_token
             values[f"val/{domain}/bits_per_byte"] = loss.bits_per_byte
         return values | self.selection | {"val/eval_s": self.seconds}
+
+    def histograms(self) -> list[Histogram]:
+        """Returns the distances of selected blocks over all layers, then by layer."""
+        shares: dict[str, list[float]] = {}
+        for name, share in self.selection.items():
+            if match := _DISTANCE.fullmatch(name):
+                shares.setdefault(match[1], []).append(share)
+        return [
+            Histogram(f"{where}distance_histogram", values, [2.0**m for m in range(len(values) + 1)])
+            for where, values in shares.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How far away selected blocks are: shares of the bins between edges, in blocks."""
+
+    name: str
+    shares: list[float]
+    edges: list[float]
 
 
 class Evaluator:
@@ -188,9 +210,11 @@ def _selection_metrics(recorder: SelectionRecorder, groups: Groups) -> dict[str,
         for name in SHAPE_METRICS if number else ("block_punctuation_frac",):
             where = f"layer_{number}/" if number else ""
             values[f"attention/{where}{name}"] = getattr(shape, name)
-    if shapes:
-        for number, share in enumerate(shapes[0].distance_frac):
-            values[f"attention/distance_log2_{number}_frac"] = share
+    for number, shape in shapes.items():
+        reached = 1 + max(m for m, share in enumerate(shapes[0].distance_frac) if share or m == 0)
+        where = f"layer_{number}/" if number else ""
+        for bucket, share in enumerate(shape.distance_frac[:reached] if number else shape.distance_frac):
+            values[f"attention/{where}distance_log2_{bucket}_frac"] = share
     # Where no layer chose anything there is no share of it.
     return {name: value for name, value in values.items() if math.isfinite(value)}
 

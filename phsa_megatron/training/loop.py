@@ -6,9 +6,11 @@ ends in good order; the same command goes on from there. `touch RUN/save` saves 
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from phsa_megatron.config.goodput import STEP_TIME
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.config.topk_schedule import changes_over_steps, step_topk
 from phsa_megatron.data.batches import Batch
@@ -108,8 +110,10 @@ def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
     """Makes one step. A step that is not finite leaves a replay file, and unchanged weights."""
     rng = capture_rng()
     recorder = information.recorder_of_step(run.config, run.groups, run.state.step + 1)
+    logits = information.logits_of_step(run.config, run.groups, run.state.step + 1)
     try:
-        result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder)
+        with run.meter.communication.running():
+            result = train_step(run.parts, batches, run.table, run.state, run.progress, recorder, logits)
     except NonFiniteStepError as error:
         # Raised on all processes together, so that they can still write a checkpoint together.
         failure = write_replay(run, error, rng)
@@ -117,6 +121,8 @@ def _step(run: Run, batches: list[Batch], alarms: Alarms) -> StepResult:
         raise failure from error
     if recorder is not None:
         run.recorder.log(run.state.step, information.metrics(recorder, run.groups))
+    if logits is not None:
+        run.recorder.log(run.state.step, information.logit_metrics(logits, run.groups))
     if _due(run, run.config.monitoring.norms_every_steps):
         run.recorder.log(run.state.step, norm_metrics(run.parts, result.grad_norm))
     alarms.after_step(result, rng)
@@ -131,9 +137,19 @@ def _log(run: Run, batches: list[Batch], result: StepResult, alarms: Alarms) -> 
         values = run.meter.record(run, result)
         if changes_over_steps(run.config.attention):
             values["attention/topk"] = step_topk(run.config, step).mean
+        values |= _goodput(run, values)
         run.recorder.log(step, values)
         run.console.step(step, values)
         alarms.after_record(values)
+
+
+def _goodput(run: Run, values: dict[str, float]) -> dict[str, float]:
+    """Returns the goodput over all launches, on process 0."""
+    if run.goodput is None:
+        return {}
+    run.goodput.add(run.state.step, values[STEP_TIME])
+    share = run.goodput.frac(time.time())
+    return {} if share is None else {"perf/goodput_frac": share}
 
 
 def _due(run: Run, every_steps: int) -> bool:
@@ -155,6 +171,8 @@ def evaluate(run: Run) -> Evaluation | None:
     run.meter.start()
     if evaluation is not None:
         run.recorder.log(run.state.step, evaluation.metrics())
+        for histogram in evaluation.histograms():
+            run.recorder.histogram(run.state.step, histogram.name, histogram.shares, histogram.edges)
         losses = "  ".join(
             f"{domain} {loss.nats_per_token:.4f} nats/token {loss.bits_per_byte:.4f} bits/byte"
             for domain, loss in evaluation.domains.items()

@@ -15,6 +15,8 @@ import torch
 from phsa_megatron.config.document_flops import DocumentFlops, StepFlops
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.monitoring.throughput import Throughput
+from phsa_megatron.parallel import collective_trace
+from phsa_megatron.parallel.communication_clock import CommunicationClock
 from phsa_megatron.parallel.exchange import traffic
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.phase_clock import PHASES, PhaseClock
@@ -65,12 +67,20 @@ class Meter:
         throughput: turns seconds, tokens and FLOPs into speed.
         flops: counts documents.
         clock: of this process's phases.
+        communication: of what its steps wait for others.
     """
 
-    def __init__(self, throughput: Throughput, flops: DocumentFlops, clock: PhaseClock) -> None:
+    def __init__(
+        self,
+        throughput: Throughput,
+        flops: DocumentFlops,
+        clock: PhaseClock,
+        communication: CommunicationClock,
+    ) -> None:
         self.throughput = throughput
         self.flops = flops
         self.clock = clock
+        self.communication = communication
         self.data_wait_s = 0.0
         self.own_data_s = 0.0
         self.own_times: OwnTimes | None = None
@@ -143,9 +153,9 @@ class Meter:
         """Returns memory and the split of the step's time over all processes, and keeps their own times."""
         phases = self.clock.take()
         row = [peak_memory_gib(groups), float(groups.collection.pp.rank()), self.own_data_s]
-        row += [phases[name] for name in PHASES]
+        row += [self.communication.take(), *(phases[name] for name in PHASES)]
         table = groups.gather(torch.tensor(row, dtype=torch.float64))
-        memory, stage, own_data, *seconds = table.unbind(1)
+        memory, stage, own_data, communication, *seconds = table.unbind(1)
         forward = seconds[PHASES.index("forward")]
         self.own_times = OwnTimes(
             ((own_data + forward) / self._num_steps).tolist(), stage.int().tolist(), step_s
@@ -156,6 +166,10 @@ class Meter:
         if groups.world_size > 1:
             rank, values["perf/slowest_ratio"], _ = self.own_times.slowest()
             values["perf/slowest_rank"] = rank
+            # Where not every collective is seen (a process that train.py did not start) no number is better
+            # than one that is too small.
+            if collective_trace.is_complete():
+                values["perf/communication_s"] = communication.mean().item() / self._num_steps
         return values
 
     def _context_traffic(self, run: Run) -> dict[str, float]:

@@ -12,6 +12,8 @@ from phsa_megatron.attention.punctuation import PunctuationTable, table_of
 from phsa_megatron.config.derive import Derived, derive
 from phsa_megatron.config.document_flops import DocumentFlops
 from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.config.goodput import Goodput
+from phsa_megatron.config.records import read_records
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig, WandbMode
 from phsa_megatron.config.skip_list import check_skip_list, skipped_ranges
@@ -22,6 +24,7 @@ from phsa_megatron.monitoring.console import Console
 from phsa_megatron.monitoring.recorder import Recorder
 from phsa_megatron.monitoring.throughput import Throughput
 from phsa_megatron.monitoring.wandb_run import stable_run_id
+from phsa_megatron.parallel.communication_clock import CommunicationClock
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import stages
 from phsa_megatron.training.checkpoint import Checkpointer, Notify
@@ -58,6 +61,8 @@ class Run:
     meter: Meter
     notify: Notify
     """Tells a person and the records what happened; on process 0."""
+    goodput: Goodput | None = None
+    """Over all launches; on process 0, which has the records."""
     asked: StopRequest = field(default_factory=StopRequest)
     """What was asked and not yet done; `save` is struck off by `save`, `exit` stays."""
 
@@ -162,7 +167,9 @@ def open_run(config: TrainConfig, groups: Groups, progress: Progress) -> Iterato
                 _throughput(derived, config, state.consumed_sequences),
                 DocumentFlops(config, derived.parameters),
                 clock,
+                CommunicationClock(groups.device),
             ),
+            goodput=Goodput.of(read_records(folder.metrics_file), state.step) if groups.rank == 0 else None,
         )
 
 

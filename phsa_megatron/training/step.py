@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from phsa_megatron.attention.added_losses import AddedLosses
+from phsa_megatron.attention.max_logit import MaxLogitRecorder
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SelectionListener, SideInfo
 from phsa_megatron.config.errors import TrainingError
@@ -131,6 +132,7 @@ class ForwardStep:
         layer_topk: selected blocks per query of each layer, if they differ.
         is_dense: full causal attention in every layer.
         losses: collects the losses that layers add, in training.
+        logits: sees queries and keys, in a step of training that measures the largest logit.
     """
 
     config: TrainConfig
@@ -143,6 +145,7 @@ class ForwardStep:
     layer_topk: tuple[int, ...] = ()
     is_dense: bool = False
     losses: AddedLosses | None = None
+    logits: MaxLogitRecorder | None = None
 
     @classmethod
     def of_step(
@@ -155,6 +158,7 @@ class ForwardStep:
         poisoned: bool = False,
         progress: Progress | None = None,
         recorder: SelectionListener | None = None,
+        logits: MaxLogitRecorder | None = None,
     ) -> ForwardStep:
         """Returns the forward pass of a step of training, with what its schedule selects."""
         chosen = step_topk(config, step)
@@ -169,6 +173,7 @@ class ForwardStep:
             chosen.by_layer,
             chosen.is_dense,
             AddedLosses.of(config),
+            logits,
         )
 
     def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -194,6 +199,7 @@ class ForwardStep:
             self.is_dense,
             self.losses,
             host_cu_seqlens=batch.cu_seqlens,
+            logits=self.logits,
         )
         num_depths = self.config.model.mtp_num_layers
         output = model(
@@ -259,6 +265,7 @@ def train_step(
     state: TrainState,
     progress: Progress,
     recorder: SelectionListener | None = None,
+    logits: MaxLogitRecorder | None = None,
 ) -> StepResult:
     """Makes the step after `state`, and moves `state` on.
 
@@ -269,6 +276,7 @@ def train_step(
         state: counters; changed only if the step succeeds.
         progress: told of the phases of the step; has the injected faults.
         recorder: sees what the layers select in this step.
+        logits: sees the layers' queries and keys in this step.
 
     Raises:
         NonFiniteStepError: the loss or the gradient norm is not finite; raised on all processes, with
@@ -285,6 +293,7 @@ def train_step(
         poisoned=progress.faults.happens("nan_loss", step),
         progress=progress,
         recorder=recorder,
+        logits=logits,
     )
     parts.zero_grad()
     rows = forward_backward(parts, batches, forward_step, forward_only=False)

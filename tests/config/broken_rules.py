@@ -140,6 +140,11 @@ BROKEN = [
         ["attention.train_topk=65", "at most 64", "reference"],
     ),
     (
+        "_nvtx",
+        {"monitoring.nvtx": True},
+        ["monitoring.nvtx=true", "cluster.device=cpu", "set it to false"],
+    ),
+    (
         "_information",
         {"attention.kind": AttentionKind.dense, "monitoring.information_every_steps": 10},
         ["information_every_steps=10", "kind=dense has no blocks", "information_every_steps=0"],

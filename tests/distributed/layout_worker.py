@@ -32,6 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from phsa_megatron.attention.added_losses import AddedLosses  # noqa: E402
 from phsa_megatron.attention.block_exchange import BlockMap  # noqa: E402
 from phsa_megatron.attention.context_parallel import ContextShard  # noqa: E402
+from phsa_megatron.attention.max_logit import MaxLogitRecorder  # noqa: E402
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
 from phsa_megatron.attention.selection_stats import SelectionRecorder  # noqa: E402
 from phsa_megatron.attention.side_info import SideInfo  # noqa: E402
@@ -231,6 +232,8 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     first_head = tensor_group.rank() * config.model.num_kv_heads // tensor_group.size()
     recorder = KeepingRecorder(config.model.num_layers, first_head)
     losses = AddedLosses.of(config)
+    # All rows: how sequences lie in micro-batches must not change what is looked at.
+    logits = MaxLogitRecorder(config.model.num_layers, groups.device, NUM_SEQUENCES * SEQ_LEN_TOKENS)
 
     def batches() -> Any:
         for start in range(first, first + share, micro):
@@ -242,7 +245,9 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
     def forward_step(iterator: Any, chunk: Any) -> Any:
         tokens, cu_seqlens = next(iterator)
         topk = config.attention.train_topk
-        info = SideInfo.build(tokens, cu_seqlens, TABLE, config.attention, topk, recorder, losses=losses)
+        info = SideInfo.build(
+            tokens, cu_seqlens, TABLE, config.attention, topk, recorder, losses=losses, logits=logits
+        )
         positions = torch.arange(SEQ_LEN_TOKENS).expand_as(tokens)
         whole_mask = torch.ones(tokens.shape)
         whole_mask[:, -1] = 0.0
@@ -284,6 +289,8 @@ def take_gradients(config: TrainConfig, groups: Groups) -> dict[str, Any]:
         "loss": (totals[0] / totals[1]).item(),
         "pieces": pieces,
         "added": None if losses is None else groups.sum_over_world(losses.sums(groups.device)),
+        "own_logits": logits.maxima,
+        "logits": groups.max_over_world(logits.maxima),
         "selection": groups.sum_over_world(recorder.sums),
         "selected": recorder.selected,
         "score_gap_frac": recorder.score_gap_frac,

@@ -141,3 +141,16 @@ def test_the_bounds_see_one_block_less(results):
     assert (plain[key] - other[key]).abs().max() > 100 * GRADIENT_BOUND * plain[key].abs().max()
     plain, other = _assemble(results["one-bf16"]), _assemble(results["one-bf16-k1"])
     assert (plain[key] - other[key]).abs().max() > 10 * BF16_GRADIENT_BOUND * plain[key].abs().max()
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_the_largest_logits_equal_one_process_and_no_process_knows_them_alone(results, layout, variant):
+    (reference,), ranks = results[f"one-{variant}"], results[f"{layout}-{variant}"]
+    share = BF16_GRADIENT_BOUND if variant == "bf16" else GRADIENT_BOUND
+    expected = reference["logits"]
+    assert (expected > 0).all()
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], expected, rtol=share, atol=0)
+    # Heads, keys, layers or text are spread: without the maximum over processes the answer is wrong.
+    below = [((expected - rank["own_logits"]) > share * expected).any() for rank in ranks]
+    assert any(below), "every process has seen the largest logit of every layer"

@@ -22,8 +22,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from phsa_megatron.parallel import cpu_shim
+from phsa_megatron.parallel import collective_trace, cpu_shim
 
+collective_trace.install()  # as in a run: each collective is timed
 cpu_shim.install()
 
 from phsa_megatron.config.compose import compose  # noqa: E402
@@ -43,6 +44,11 @@ WATCHED = (
     ("phsa_megatron.training.alarms", "Alarms.after_record", "lost speed, stragglers"),
     ("phsa_megatron.training.phase_clock", "PhaseClock.enter", "time split"),
     ("phsa_megatron.training.loop", "norm_metrics", "norms by block"),
+    ("phsa_megatron.training.loop", "_goodput", "goodput"),
+    ("phsa_megatron.attention.max_logit", "MaxLogitRecorder.see", "largest logit"),
+    ("phsa_megatron.training.information", "logit_metrics", "largest logit"),
+    ("phsa_megatron.parallel.communication_clock", "CommunicationClock._mark", "time in communication"),
+    ("phsa_megatron.parallel.communication_clock", "CommunicationClock.take", "time in communication"),
     ("phsa_megatron.training.loop", "capture_rng", "random generators, for a replay"),
 )
 WARM_UP_STEPS = 10

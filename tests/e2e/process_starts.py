@@ -15,9 +15,9 @@ import torch
 
 from phsa_megatron.parallel import collective_trace, cpu_shim
 
-# As the training process does, before anything imports megatron.
-cpu_shim.install(hide_gpu=True)
+# As the training process does, before anything imports megatron; the shim does.
 collective_trace.install()
+cpu_shim.install(hide_gpu=True)
 
 
 class Process(Protocol):

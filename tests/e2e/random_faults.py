@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from phsa_megatron.config.compose import compose
+from phsa_megatron.config.goodput import Goodput
 from phsa_megatron.config.prepare_run import prepare_run_folder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import TrainConfig
@@ -192,19 +193,17 @@ def inject(trial: Trial, number: int, generator: random.Random) -> Fault:
     return Fault(number, kind, phase, step, rank, codes, trial.committed(), happened_unix_s)
 
 
-def measure_recovery(folder: RunFolder, faults: list[Fault]) -> float:
-    """Fill in when each fault was made good, and return the seconds spent in steps that were new."""
-    new_s, firsts = 0.0, dict[int, float]()  # when a step was made for the first time
+def measure_recovery(folder: RunFolder, faults: list[Fault]) -> None:
+    """Fill in when each fault was made good: the end of the first step after it that was new."""
+    firsts = dict[int, float]()  # when a step was made for the first time
     for line in folder.metrics_file.read_bytes().split(b"\n")[:-1]:
         record = json.loads(line)
         values = record.get("values", {})
         if COMPARED[0] in values and record["step"] not in firsts:
             firsts[record["step"]] = record["time"]
-            new_s += values["perf/step_time_s"]
     for fault in faults:
         after = [when for when in firsts.values() if when > fault.happened_unix_s]
         fault.recovered_s = round(min(after) - fault.happened_unix_s, 2) if after else None
-    return new_s
 
 
 def main() -> int:
@@ -283,7 +282,9 @@ def conclude(
         problems.append("a step is missing or doubled in metrics.jsonl")
     if codes != [0] * WORLD_SIZE or not folder.done.exists():
         problems.append(f"the last start ended with codes {codes}")
-    new_s = measure_recovery(folder, faults)
+    measure_recovery(folder, faults)
+    goodput = Goodput.of(read_records(folder.metrics_file))
+    assert goodput is not None
     recovered = sorted(f.recovered_s for f in faults if f.recovered_s is not None)
     summary: dict[str, Any] = {
         "num_faults": len(faults),
@@ -293,7 +294,7 @@ def conclude(
         "equal_to_the_last_bit": not problems,
         "uninterrupted_s": round(straight_s, 1),
         "with_faults_s": round(faulty_s, 1),
-        "goodput_frac": round(new_s / faulty_s, 4),
+        "goodput_frac": round(goodput.new_step_s / faulty_s, 4),
         "recovery_median_s": statistics.median(recovered) if recovered else None,
         "recovery_p90_s": recovered[int(0.9 * (len(recovered) - 1))] if recovered else None,
         "recovery_max_s": max(recovered, default=None),

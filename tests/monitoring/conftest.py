@@ -50,6 +50,7 @@ def _step_values(step, noise):
         "perf/step_time_s": 0.35,
         "perf/dense_equiv_tflops": 0.21,
         "progress/consumed_tokens": step * 8 * 512,
+        "perf/goodput_frac": 0.617,
         "memory/peak_gib": 1.4,
     }
 
@@ -64,6 +65,8 @@ def _evaluation(step):
         share = 0.05 + 0.03 * layer * (1 - math.exp(-step / 300)) * (1 + 0.4 * math.sin(layer))
         values[f"attention/layer_{layer}/selected_mass_frac"] = share
         values[f"attention/layer_{layer}/attended_key_frac"] = 0.31
+        values[f"attention/layer_{layer}/max_logit"] = 3.0 + layer + step / 100
+    values["attention/max_logit"] = 11.0 + step / 100
     values["attention/frac_queries_with_more_candidates_than_k"] = 0.83
     return values
 

@@ -43,7 +43,8 @@ def test_the_page_shows_runs_curves_maps_settings_restarts_and_alerts(page_file)
         "Training loss", "Validation loss", "Gradient norm", "Speed", "Validation, chinese",
         "phsa_demo_cpu: attention on the selected blocks", "wider: attention on the selected blocks",
         "attention.train_topk", "401 to 640", "laptop", "loss_spike", "loss is up & <b>away</b>",
-        "running mean, the past weighs 0.9",
+        "running mean, the past weighs 0.9", "goodput", "61.7%", "Largest attention logit",
+        "phsa_demo_cpu: largest attention logit",
     ):  # fmt: skip
         assert text in said, text
     assert "run.name" not in said and "seq_len_tokens" not in said, "only settings that differ"

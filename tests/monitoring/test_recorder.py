@@ -5,11 +5,11 @@ import os
 import resource
 import signal
 import struct
-from types import SimpleNamespace
 
 import pytest
 
 from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import MonitoringConfig, RunConfig, TrainConfig, WandbConfig, WandbMode
 from phsa_megatron.monitoring import recorder as recorder_module
 from phsa_megatron.monitoring.recorder import Recorder
@@ -24,7 +24,7 @@ def config():
 
 @pytest.fixture
 def folder(tmp_path):
-    return SimpleNamespace(metrics_file=tmp_path / "metrics.jsonl", wandb_dir=tmp_path / "wandb")
+    return RunFolder(tmp_path)
 
 
 def _open(folder, config, rank=0):
@@ -145,9 +145,8 @@ def test_a_record_that_fits_only_in_part_is_taken_back(folder, config):
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path, config):
     (tmp_path / "file").write_text("")
-    bad = SimpleNamespace(metrics_file=tmp_path / "file" / "metrics.jsonl", wandb_dir=tmp_path / "wandb")
     with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl"):
-        _open(bad, config)
+        _open(RunFolder(tmp_path / "file"), config)
 
 
 def test_wandb_gets_the_same_values_and_its_failure_changes_nothing(folder, config, monkeypatch, caplog):

@@ -172,6 +172,10 @@ def test_a_stall_is_told_while_it_lasts_and_a_straggler_by_its_rank(tiny_config)
     slowest = {r["step"]: r["values"] for r in lines if "perf/slowest_rank" in r.get("values", {})}
     assert slowest[3]["perf/slowest_rank"] == 1 and slowest[3]["perf/slowest_ratio"] > 1.5
     _norms_add_up(ended, 5)
+    for step in (3, 5):  # rank 0 waits where gradients are summed: 2 s and 3 s, half of it in the mean
+        waited_s, step_s = slowest[step]["perf/communication_s"], slowest[step]["perf/step_time_s"]
+        assert 0.8 < waited_s < step_s and slowest[6]["perf/communication_s"] < 0.5
+        assert waited_s <= sum(slowest[step][f"perf/{x}_s"] for x in ("forward", "backward", "optimizer"))
     assert slowest[4]["perf/forward_s"] > 0.5 > slowest[6]["perf/forward_s"]
 
 

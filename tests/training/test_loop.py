@@ -154,8 +154,8 @@ def test_a_save_request_saves_and_goes_on(tiny_config, run, monkeypatch):
     config = tiny_config()
     train_step = loop.train_step
 
-    def touch_and_go_on(parts, batches, table, state, progress, recorder):
-        result = train_step(parts, batches, table, state, progress, recorder)
+    def touch_and_go_on(parts, batches, table, state, progress, recorder, logits):
+        result = train_step(parts, batches, table, state, progress, recorder, logits)
         if state.step == 2:
             RunFolder.of(config).save_request.touch()
         return result

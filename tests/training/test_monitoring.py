@@ -11,14 +11,20 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
+from phsa_launch.run_progress import read_progress
 from phsa_megatron.config.errors import ConfigError, DeviceError
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.schema import ProfileConfig
 from phsa_megatron.monitoring import wandb_offline
+from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.monitoring.wandb_offline import read_offline
 from phsa_megatron.training import profile_command
 from phsa_megatron.training.faults import VARIABLE, InjectedFaultError
+from phsa_megatron.training.profiling import PhaseRanges
+from phsa_megatron.training.progress import Progress
+from tests.training.processes import run_processes
 
 
 def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_jsonl(
@@ -55,8 +61,9 @@ def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_json
         if row.step in wanted and "train/loss_nats" in row.values
     ]
     assert curve == [loss for loss, _, _ in finished.curve()]
-    (table,) = [row for row in launches[1].rows if "samples" in row.values]
-    assert table.values == {"samples": "table-file"}
+    (row,) = [row for row in launches[1].rows if "samples" in row.values]
+    assert row.values == {"samples": "table-file"}
+    _objects_and_code_are_those_of_the_run(launches, finished)
 
     capsys.readouterr()
     assert wandb_offline.main([str(finished.folder.path)]) == 0
@@ -70,6 +77,92 @@ def test_wandb_offline_across_a_crash_is_one_run_with_the_values_of_metrics_json
         file.write(json.dumps({"step": 7, "time": 1.0, "values": {"train/loss_nats": 1.0}}) + "\n")
     assert wandb_offline.main([str(finished.folder.path)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def _objects_and_code_are_those_of_the_run(launches, finished):
+    (samples,) = [o for o in launches[1].objects if o.kind == "table"]
+    written = json.loads(finished.folder.summary_file.read_text())["samples"]
+    assert (samples.step, samples.name, samples.columns) == (6, "samples", ["step", "prompt", "text"])
+    assert samples.rows == [[6, sample["prompt"], sample["text"]] for sample in written]
+    assert written[0]["prompt"] == "the cat"
+
+    # Histograms of the last evaluation: by layer and over all, the shares that metrics.jsonl has.
+    values = read_records(finished.folder.metrics_file).values_by_step[6]
+    found = {o.name: o for o in launches[1].objects if o.kind == "histogram" and o.step == 6}
+    wheres = ["attention/", "attention/layer_1/", "attention/layer_2/"]
+    assert list(found) == [f"{where}distance_histogram" for where in wheres]
+    for where in wheres:
+        bins = found[f"{where}distance_histogram"].rows
+        assert [edges for *edges, _ in bins] == [[2**m, 2 ** (m + 1)] for m in range(len(bins))]
+        logged = [values[f"{where}distance_log2_{m}_frac"] for m in range(len(bins))]
+        assert [share for *_, share in bins] == logged
+        # A share is rounded once, and so is each sum: a dozen roundings of 2^-53.
+        assert sum(logged) == pytest.approx(1, abs=1e-14) and len({*logged}) > 1
+        assert where == "attention/" or f"{where}distance_log2_{len(bins)}_frac" not in values
+
+    for launch in launches:
+        name = f"code/launch_{launch.launch}"
+        assert launch.config["code"][f"launch_{launch.launch}"].startswith(("commit ", "phsa-megatron "))
+        text = launch.files[f"{name}/version"].read_text()
+        assert text == (finished.folder.code_dir / "version").read_text()
+        assert {f"{name}/{file.name}" for file in finished.folder.code_dir.iterdir()} <= set(launch.files)
+    assert [event["code"] for event in finished.events("start")] == [
+        launch.config["code"][f"launch_{launch.launch}"] for launch in launches
+    ]
+    assert launches[0].config["run"]["name"] == launches[1].config["run"]["name"] == "tiny"
+    assert launches[1].config["derived"]["tokens_per_step"] == 4 * 64
+
+
+def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_config, run, monkeypatch):
+    config = tiny_config(**{"checkpoint.save_every_steps": 2})
+    monkeypatch.setenv(VARIABLE, "crash@step=6")
+    with pytest.raises(InjectedFaultError):
+        run(config)
+    monkeypatch.delenv(VARIABLE)
+    # The first launch is moved into the past: as if the run had waited a thousand seconds for a node.
+    file = RunFolder.of(config).metrics_file
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"time": line["time"] - 1000}) + "\n" for line in lines))
+    finished = run(config)
+
+    records = read_records(finished.folder.metrics_file)
+    _, step_times = records.series("perf/step_time_s")
+    expected = sum(step_times) / (records.time_by_step[6] - records.launches[0].start_time)
+    steps, shares = records.series("perf/goodput_frac")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    # The clock is read before the record is written: far less than a second of more than a thousand.
+    assert shares[-1] == pytest.approx(expected, rel=1e-3) and shares[-1] < shares[3] / 3
+    seen = read_progress(finished.folder).goodput
+    assert seen.frac(records.time_by_step[6]) == pytest.approx(shares[-1], rel=1e-3)
+    # What it must not be: of the last launch alone, or with step 5 counted twice.
+    alone = sum(step_times[4:]) / (records.time_by_step[6] - records.launches[1].start_time)
+    (twice,) = [line["values"]["perf/step_time_s"] for line in lines if line.get("step") == 5]
+    assert abs(alone / expected - 1) > 0.01 and twice / sum(step_times) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_size": 2},
+        {"pipeline_size": 2},
+        {"context_size": 2},
+        {"context_size": 2, "context_exchange": "block_sparse"},
+        {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ],
+    ids=["tensor", "pipeline", "context", "context_sparse", "overlapped"],
+)
+def test_who_waits_for_the_other_process_has_it_in_communication(tiny_config, layout):
+    """Process 1 is slow by 2 s in one step; process 0 waits, wherever its layout first needs the other."""
+    settings = {f"parallel.{name}": value for name, value in layout.items()}
+    config = tiny_config(**{"cluster.processes_per_node": 2, "run.train_steps": 5, **settings})
+    ended = run_processes(config, [0, 1], **{VARIABLE: "slow@rank=1,step=3,phase=forward,seconds=2"})
+    assert ended.codes == [0, 0], ended.everything()
+    values = read_records(ended.folder.metrics_file).values_by_step
+    waited = {step: values[step]["perf/communication_s"] for step in range(1, 6)}
+    # Half of 2 s in the mean of both, less what process 0 still had to do itself.
+    assert 0.8 < waited[3] < values[3]["perf/step_time_s"], waited
+    assert max(waited[4], waited[5]) < 0.5, waited
 
 
 @pytest.mark.skipif(
@@ -125,6 +218,21 @@ def test_a_run_traces_the_steps_that_its_recipe_names(tiny_config, run):
 def test_a_trace_of_the_last_steps_is_written_too(tiny_config, run):
     config = tiny_config(**{"monitoring.profile.first_step": 6, "monitoring.profile.num_steps": 9})
     assert len(list(run(config).folder.profile_dir.iterdir())) == 2
+
+
+def test_phases_are_nvtx_ranges_one_after_the_other(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: calls.append(name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("end"))
+    for nvtx in (True, False):
+        progress = Progress()
+        ranges = PhaseRanges(progress, nvtx=nvtx)
+        progress.on_enter.append(ranges.enter)
+        for phase in ("data", "forward", "backward"):
+            progress.enter(phase, step=4)
+        ranges.leave()
+        ranges.leave()  # nothing is open
+    assert calls == ["step 4: data", "end", "step 4: forward", "end", "step 4: backward", "end"]
 
 
 def test_the_command_traces_without_a_run_folder(tiny_config, tmp_path):

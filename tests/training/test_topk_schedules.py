@@ -5,6 +5,7 @@ import json
 import pytest
 
 from phsa_megatron.config.schema import Selector, TopkSchedule
+from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.training.faults import VARIABLE
 
 SCHEDULES = {
@@ -59,6 +60,24 @@ def test_information_is_logged_when_due_and_changes_nothing(tiny_config, run):
         assert 0 < shares[0] < shares[1] <= shares[2] <= 1 + 1e-6
         assert {f"attention/layer_{n}/oracle_gain_frac" for n in (1, 2)} <= set(values)
     assert not any("kept_mass" in key for step in plain.steps for key in step)
+
+
+@pytest.mark.parametrize("kind", ["phsa", "dense"])
+def test_the_largest_logit_is_logged_when_due_and_changes_nothing(tiny_config, run, kind):
+    settings = {"attention.kind": kind, "parallel.recompute": "selective"}
+    plain = run(tiny_config(**settings | {"run.name": "plain", "monitoring.max_logit_every_steps": 0}))
+    found = {}
+    for rows in (4, 128):  # of 2 x 64 tokens
+        every = {"monitoring.max_logit_every_steps": 2, "monitoring.max_logit_rows": rows}
+        measured = run(tiny_config(**settings | every | {"run.name": f"rows{rows}"}))
+        assert measured.curve() == plain.curve()
+        records = read_records(measured.folder.metrics_file)
+        steps, found[rows] = records.series("attention/max_logit")
+        assert steps == [2, 4, 6]
+        layers = [records.series(f"attention/layer_{n}/max_logit")[1] for n in (1, 2)]
+        assert found[rows] == [max(pair) for pair in zip(*layers, strict=True)]
+    assert all(few < every for few, every in zip(found[4], found[128], strict=True))
+    assert not any("max_logit" in key for step in plain.steps for key in step)
 
 
 def test_a_selector_changes_only_the_selection(tiny_config, run):
