@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ from phsa_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 import torch  # noqa: E402
-from torch.distributed import TCPStore  # noqa: E402
 
 from tests.distributed import multi_gpu_layouts, multi_gpu_page, multi_gpu_resume, multi_gpu_timing  # noqa: E402
+from tests.distributed.multi_gpu_start import ROOT, cpu_threads, environments, served_store  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("multi_gpu_worker.py")
 START_S = 90.0
-"""What a start may take beyond its first case: imports, the reference and the compilation of kernels."""
-LAYOUT_S, RESUME_S = 60.0, 150.0
+"""What a start may take beyond its first case: imports, the reference and the compilation of its kernels."""
+LAYOUT_S, RESUME_S = 90.0, 150.0
+"""The first layouts of each kind compile kernels and open NCCL's groups; the others take seconds."""
 
 
 def all_cases(processes: int, size: str, parts: list[str]) -> list[dict[str, Any]]:
@@ -68,13 +69,17 @@ class Session:
         self.report: dict[str, Any] = {
             "processes": arguments.processes, "size": arguments.size, "commit": arguments.commit,
             "device": gpu_name() if arguments.size == "gpu" else "CPU, gloo",
-            "torch": torch.__version__, "cases": [], "not_run": [],
+            "torch": str(torch.__version__), "megatron_core": version("megatron-core"),
+            "cases": [], "not_run": [],
         }  # fmt: skip
+        if arguments.size == "gpu":
+            self.report["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         if arguments.add and arguments.out.exists():
             kept = json.loads(arguments.out.read_text())
             same = [key for key in self.report if key not in ("cases", "not_run")]
-            if any(kept[key] != self.report[key] for key in same):
-                raise SystemExit(f"--add: {arguments.out} is of another run; it differs in one of {same}")
+            other = [key for key in same if kept.get(key) != self.report[key]]
+            if other:
+                raise SystemExit(f"--add: {arguments.out} is of another run; it differs in {other}")
             self.report = kept
         self._starts = 0
 
@@ -151,27 +156,14 @@ class Session:
         processes = self.arguments.processes
         job = {"size": self.arguments.size, "processes": processes, "folder": str(folder), "cases": cases}
         (folder / "job.json").write_text(json.dumps(job))
-        # Served here, as torchrun's agent does: one of process 0 would end between two cases' groups.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        path = os.pathsep.join(
-            [*(str(ROOT / p) for p in (".", "kernels", "launch")), os.environ.get("PYTHONPATH", "")]
-        )
-        environment = os.environ | {
-            "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0", "WORLD_SIZE": str(processes),
-            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }  # fmt: skip
-        if processes == 1:
-            del environment["WORLD_SIZE"]
+        self._store = served_store()
+        threads = cpu_threads(processes, on_gpus=self.arguments.size == "gpu")
         running = []
-        for rank in range(processes):
-            mine = {} if processes == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, environment in enumerate(environments(processes, self._store.port, threads)):
             with (folder / f"log.{rank}").open("w") as log:
                 command = [sys.executable, str(WORKER), str(folder / "job.json")]
                 running.append(
-                    subprocess.Popen(
-                        command, env=environment | mine, stdout=log, stderr=log, start_new_session=True
-                    )
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 )
         return running
 

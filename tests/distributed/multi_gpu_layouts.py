@@ -51,6 +51,7 @@ BESIDE: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2_tp2_cp2_sp": (8, TP2 | CP2 | SP),
 }
 """Layouts on several GPUs that the CPU's matrix does not have."""
+WITH_ROWS = ("pp2_rows2", "pp2_vpp2_rows2", "cp2_rows2")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ SIZES = {
 
 
 def cases(processes: int) -> list[str]:
-    """Return the names of a run's layout cases, the most important first."""
+    """Return the names of a run's layout cases, the most important first.
+
+    Of layouts with two sequences a micro-batch, those that hand hidden states or keys to other processes.
+    """
     own = [
-        name for name, (count, _) in (LAYOUTS | BESIDE).items() if count == processes and "_ep" not in name
+        name
+        for name, (count, _) in (LAYOUTS | BESIDE).items()
+        if count == processes and "_ep" not in name and ("rows2" not in name or name in WITH_ROWS)
     ]
     own.sort(key=lambda name: (not name.startswith("cp"), "full" in name or "selective" in name))
     context = [name for name in own if name.startswith("cp")]
@@ -119,23 +125,24 @@ def sequence(size: Size, number: int) -> tuple[torch.Tensor, list[int]]:
     return tokens, [0, first, first + length // 3 + number % 5]
 
 
-def batch(size: Size, number: int) -> Batch:
-    """Return one sequence as the data room gives it; every document ends without a label."""
-    tokens, starts = sequence(size, number)
-    length = size.seq_len_tokens
-    mask = torch.ones(1, length)
-    mask[0, [start - 1 for start in starts[1:]] + [length - 1]] = 0.0
+def batch(size: Size, first: int, count: int) -> Batch:
+    """Return sequences as the data room gives them; every document ends without a label."""
+    rows, length = [sequence(size, first + i) for i in range(count)], size.seq_len_tokens
+    tokens, mask = torch.stack([tokens for tokens, _ in rows]), torch.ones(count, length)
+    bounds = [row * length + start for row, (_, starts) in enumerate(rows) for start in starts]
+    bounds.append(count * length)
+    mask.view(-1)[torch.tensor(bounds[1:]) - 1] = 0.0
     return Batch(
-        tokens=tokens[None, :-1],
-        labels=tokens[None, 1:],
+        tokens=tokens[:, :-1],
+        labels=tokens[:, 1:],
         loss_mask=mask,
-        position_ids=torch.arange(length)[None],
-        cu_seqlens=torch.tensor([*starts, length], dtype=torch.int32),
-        domains=["text"],
-        sources=["text"],
-        pieces=[()],
+        position_ids=torch.arange(length).expand(count, -1),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        domains=["text"] * count,
+        sources=["text"] * count,
+        pieces=[()] * count,
         num_overflow_tokens=0,
-        document_tokens=[end - start for start, end in pairwise([*starts, length])],
+        document_tokens=[end - start for start, end in pairwise(bounds)],
     )
 
 
@@ -150,9 +157,13 @@ class KeptBlocks:
     def record(self, layer_number: int, *arguments: Any) -> None:
         """Take one layer's selection; see SelectionListener."""
         _, _, _, ids, _, info, *rest = arguments
-        number = self._numbers[info.token_ids[0].cpu().numpy().tobytes()]
+        length = self.size.seq_len_tokens
         own = rest[0] if rest and rest[0] is not None else torch.arange(len(ids))
-        self.found.append((layer_number, number, self.first_head, own.cpu(), ids.detach().cpu()))
+        own, ids = own.cpu(), ids.detach().cpu()
+        for row, tokens in enumerate(info.token_ids.view(-1, length).cpu()):
+            here = own // length == row
+            number = self._numbers[tokens.numpy().tobytes()]
+            self.found.append((layer_number, number, self.first_head, own[here] % length, ids[here]))
 
 
 def take_step(config: TrainConfig, groups: Groups, size: Size) -> dict[str, Any]:
@@ -168,7 +179,8 @@ def take_step(config: TrainConfig, groups: Groups, size: Size) -> dict[str, Any]
     kept = KeptBlocks(size, tensor.rank() * config.model.num_kv_heads // tensor.size())
     parts.zero_grad()
     step = ForwardStep(config, table, config.attention.train_topk, groups, kept)
-    batches = [batch(size, number) for number in micro_batch_starts(config, groups, 0)]
+    count = config.optim.micro_batch_sequences
+    batches = [batch(size, first, count) for first in micro_batch_starts(config, groups, 0)]
     rows = forward_backward(parts, batches, step, forward_only=False)
     loss, _ = mean_loss(parts, rows)
     pieces = [
@@ -222,6 +234,17 @@ class References:
     one: dict[str, torch.Tensor]
     one_blocks: torch.Tensor
     one_loss: float
+
+    @classmethod
+    def kept(cls, size: Size, path: Path) -> References:
+        """Return what an earlier start of this session has computed, or compute it."""
+        if path.exists():
+            return cls(**torch.load(path))
+        taken = cls.take(size)
+        part = path.with_suffix(".part")
+        torch.save(vars(taken), part)
+        part.rename(path)
+        return taken
 
     @classmethod
     def take(cls, size: Size) -> References:

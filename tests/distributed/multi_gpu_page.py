@@ -17,7 +17,8 @@ def page(report: dict[str, Any]) -> str:
         f"# {report['processes']} processes: {report['device']}",
         "",
         f"`tests/distributed/multi_gpu.py --processes {report['processes']} --size {report['size']}`, torch "
-        f"{report['torch']}, commit {report['commit']}.",
+        f"{report['torch']}, megatron-core {report['megatron_core']}, NCCL {report.get('nccl', '-')}, commit "
+        f"{report['commit']}.",
     ]
     if kinds["layout"]:
         lines += ["", "## Layouts against one process", "", *_layouts(kinds["layout"])]

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,8 +29,8 @@ from phsa_megatron.data.bpe import train_bpe
 from phsa_megatron.data.prepare import PrepareRequest, prepare
 from tests.distributed.layout_matrix import CP2, PP2, SP, TP2
 from tests.distributed.multi_gpu_layouts import Size, layout_config
+from tests.distributed.multi_gpu_start import cpu_threads, environments, served_store
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 300
 WORDS = [
     "the",
@@ -88,30 +87,19 @@ class Started:
 
     def __init__(self, config: TrainConfig, logs: Path) -> None:
         folder = prepare_run_folder(config).folder
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
         processes = config.cluster.processes_per_node
-        self.folder, self.log = folder, logs
-        path = os.pathsep.join(
-            [*(str(ROOT / part) for part in (".", "kernels", "launch")), os.environ.get("PYTHONPATH", "")]
-        )
-        shared = {
-            **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
-            "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        if processes == 1:
-            del shared["WORLD_SIZE"]
+        self.folder, self.log, self._store = folder, logs, served_store()
+        threads = cpu_threads(processes, on_gpus=config.cluster.device == Device.cuda)
         with logs.open("w") as out:
             self.processes = [
                 subprocess.Popen(
                     [sys.executable, "-m", "phsa_megatron.train", str(folder.config_file)],
-                    env=shared if processes == 1 else shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=environment,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-                for rank in range(processes)
+                for environment in environments(processes, self._store.port, threads)
             ]
 
     def wait(self, until: Callable[[], bool], deadline_s: float) -> None:

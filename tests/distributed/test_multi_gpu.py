@@ -104,7 +104,8 @@ def test_the_page_names_what_failed_and_what_was_not_run():
         for n, layers, step_s in ((1, 1, 0.2), (1, 3, 0.4), (2, 1, 0.125), (2, 3, 0.225))
     ]  # fmt: skip
     report = {
-        "processes": 2, "size": "gpu", "device": "G", "torch": "2", "commit": "c", "not_run": ["late"],
+        "processes": 2, "size": "gpu", "device": "G", "torch": "2", "megatron_core": "0", "commit": "c",
+        "not_run": ["late"],
         "cases": [*cases, {"name": "cp2", "kind": "layout", "passed": False, "error": "E"}],
     }  # fmt: skip
     page = multi_gpu_page.page(report)
