@@ -109,14 +109,19 @@ def residual_width(config: TrainConfig) -> float:
     return config.model.hidden_size / (parallel.tensor_size if parallel.sequence_parallel else 1)
 
 
-def layer_activations(config: TrainConfig) -> LayerActivations:
-    """Return what one layer of this run keeps for one micro-batch."""
+def layer_activations(config: TrainConfig, rows: int | None = None) -> LayerActivations:
+    """Return what one layer of this run keeps for one micro-batch.
+
+    `rows` is how many it sees of it: all in the layer of a prediction depth, where none are joined; None is
+    `rows_apart`, what a layer of the main stack sees.
+    """
     model, parallel = config.model, config.parallel
     e, t = element_bytes(config), own_tokens(config)
     q, kv = head_widths(config)
     heads = (model.num_query_heads + model.num_kv_heads) / parallel.tensor_size
     residual = residual_width(config)
-    many_rows = rows_apart(config) > 1
+    rows = rows_apart(config) if rows is None else rows
+    many_rows = rows > 1
     context = parallel.context_size > 1
     # Inputs of both norms and of the two products after them; a norm keeps one fp32 a row besides.
     outside = t * (4 * residual * e + 2 * 4 * residual / model.hidden_size)
@@ -132,7 +137,7 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
         outside += t * ((0 if one_piece else q * e) + 4 * heads)
     compiled = config.compute.elementwise == Elementwise.compiled
     if not compiled:  # a compiled RoPE keeps cosines and sines that all layers share
-        outside += t / rows_apart(config) * 4 * model.head_dim * e  # of q and of k
+        outside += t / rows * 4 * model.head_dim * e  # of q and of k
     outside += t * e * q  # the input of the output projection
     # Gate and up, and their product; unfused also silu of the gate, and up once more.
     mlp = t * e * (3 if compiled else 5) * model.ffn_hidden_size / parallel.tensor_size
@@ -143,18 +148,18 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
     own_values = kv if many_rows and not selective and not context else 0
     inputs = t * e * (q + own_keys + own_values)
     gathered = t * parallel.context_size * e * 2 * kv if context else 0.0
-    core = _core_bytes(config, t, q, e)
+    core = _core_bytes(config, t, q, e, rows)
     return LayerActivations(outside, inputs, core, mlp, gathered, t * residual * e)
 
 
-def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
+def _core_bytes(config: TrainConfig, t: int, q: float, e: int, rows: int) -> float:
     model, attention, tensor_size = config.model, config.attention, config.parallel.tensor_size
     length = config.data.seq_len_tokens
     lse = 4 * model.num_query_heads / tensor_size
     if attention.kind == AttentionKind.dense:
         # The output of one row is a view of what the projection reads; of several, and of the pieces that
         # context parallelism makes, it is put together anew.
-        pieces = rows_apart(config) > 1 or config.parallel.context_size > 1
+        pieces = rows > 1 or config.parallel.context_size > 1
         return t * ((q * e if pieces else 0) + lse)
     if attention.impl == KernelImpl.reference:
         # fp32 scores and probabilities of what is attended to or masked: rough, and too much for long texts.
@@ -162,7 +167,7 @@ def _core_bytes(config: TrainConfig, t: int, q: float, e: int) -> float:
         return 2 * 4 * model.num_query_heads / tensor_size * t * pairs
     # With one row the output is itself the input of the projection. Chosen blocks take 4 bytes each, and the
     # union of a tile's choices its first token and one or two words of bits; rows are six int32.
-    out = q * e if rows_apart(config) > 1 else 0
+    out = q * e if rows > 1 else 0
     words = 2 if model.num_query_heads == model.num_kv_heads else 1
     choices = model.num_kv_heads / tensor_size * 4 * attention.train_topk * (2 + words)
     return t * (out + lse + choices + 6 * 4)

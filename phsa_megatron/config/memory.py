@@ -16,6 +16,7 @@ from phsa_megatron.config.activations import (
     layer_activations,
     own_tokens,
     residual_width,
+    rows_apart,
 )
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.learned_weights import learned_weights
@@ -128,6 +129,19 @@ def chunks_in_flight(config: TrainConfig, micro_batches: int, stage: int) -> int
     return min(warm_up + 1, micro_batches * virtual)
 
 
+def _chunks_with_received_rows(config: TrainConfig, micro_batches: int, stage: int) -> int:
+    """Return for how many of `chunks_in_flight` rows from the stage before stay beside their joined copy."""
+    if rows_apart(config) == config.optim.micro_batch_sequences:
+        return 0
+    chunks = chunks_in_flight(config, micro_batches, stage)
+    if stage > 0:
+        return chunks
+    # The first chunk makes its input itself; a warm-up goes through as many micro-batches as there are stages
+    # chunk by chunk, and then begins with the first chunk again.
+    size, virtual = config.parallel.pipeline_size, config.parallel.virtual_pipeline_size or 1
+    return min(chunks, (virtual - 1) * min(size, micro_batches))
+
+
 def stage_memory(
     config: TrainConfig,
     parameters: ParameterCount,
@@ -137,7 +151,7 @@ def stage_memory(
     stage: int,
 ) -> MemoryEstimate:
     """Return the memory of one pipeline stage; see `estimate_memory`."""
-    parallel, model, e = config.parallel, config.model, element_bytes(config)
+    parallel, model, optim, e = config.parallel, config.model, config.optim, element_bytes(config)
     here = stage_parameters(config, parameters, padded_vocab, stage)
     shards = data_parallel * parallel.context_size if parallel.distributed_optimizer else 1
     layer = layer_activations(config)
@@ -152,13 +166,15 @@ def stage_memory(
     if not last:
         # What a stage sends stays until its gradient arrives.
         kept += layers / chunk_layers * layer.layer_input
+    kept += _chunks_with_received_rows(config, micro_batches, stage) * layer.layer_input
     if last:
         # The final norm: its input, one fp32 a row, and its output, unless that went into the loss.
         copies = 1 if config.compute.loss == Loss.chunked else 2
         final = own_tokens(config) * residual_width(config) * (copies * e + 4 / model.hidden_size)
         kept += final
         # A depth keeps its layer, its embedding, both joined, and its own final norm and softmax.
-        depth = layer.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
+        rows_of_depth = layer_activations(config, optim.micro_batch_sequences)
+        depth = rows_of_depth.kept(parallel.recompute) + own_tokens(config) * 5 * residual_width(config) * e
         softmax = 4 * own_tokens(config) * padded_vocab / parallel.tensor_size
         kept += model.mtp_num_layers * (depth + softmax)
         logits = softmax + own_tokens(config) * padded_vocab / parallel.tensor_size * e

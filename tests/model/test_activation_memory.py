@@ -80,6 +80,34 @@ def test_activations_of_a_compiled_layer_and_a_chunked_loss(
     assert kept == pytest.approx(memory.activations_gib * _GIB + gradients + table + indices, rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", list(AttentionKind))
+def test_rows_of_a_prediction_depth_are_not_joined(
+    tiny_config, single_process_groups, micro_batch, forward, kind
+):
+    def more_of_two_rows(**changes):
+        """What two rows keep beyond twice what one does: counted, and kept."""
+        counted, kept = [], []
+        for rows in (1, 2):
+            config = tiny_config(
+                attention__kind=kind,
+                attention__impl=KernelImpl.triton,
+                optim__micro_batch_sequences=rows,
+                optim__global_batch_sequences=rows,
+                run__train_steps=1,
+                optim__lr=1e-3,
+                **changes,
+            )
+            (model,) = build_model(config, single_process_groups)
+            batch = micro_batch([64 * i for i in range(rows + 1)], rows=rows)
+            kept.append(forward(model, batch, config).kept_bytes)
+            counted.append(derive(config).memory.activations_gib * _GIB)
+        return counted[1] - 2 * counted[0], kept[1] - 2 * kept[0]
+
+    assert more_of_two_rows() == pytest.approx((0, 0), abs=1e-3)
+    counted, kept = more_of_two_rows(model__mtp_num_layers=1)
+    assert counted == pytest.approx(kept, rel=0.05) and counted > 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_parameters_are_those_of_the_built_model(tiny_config, single_process_groups, tied, mtp):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phsa_megatron.config.activations import element_bytes, own_tokens
 from phsa_megatron.config.derive import derive
-from phsa_megatron.config.memory import chunks_in_flight, stage_parameters
+from phsa_megatron.config.memory import chunks_in_flight, stage_memory, stage_parameters
 from phsa_megatron.config.planning.communication import communication
 from phsa_megatron.config.schema import AttentionKind, KernelImpl, Loss, Recompute
 from phsa_megatron.model.factory import build_model
@@ -155,6 +156,47 @@ def test_parameters_of_a_stage_are_those_of_the_built_one(tiny_config, one_of, s
     derived = derive(config)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert built == stage_parameters(config, derived.parameters, derived.padded_vocab_size, stage)
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_later_stage_keeps_what_it_got_beside_the_joined_copy_of_it(
+    tiny_config, one_of, micro_batch, forward, rows, recompute
+):
+    """One row is handed on as it came: the first layer keeps the same bytes."""
+    config = layout(tiny_config, parallel__pipeline_size=2, parallel__recompute=recompute)
+    config.optim.micro_batch_sequences = config.optim.global_batch_sequences = rows
+    (model,) = build_model(config, one_of(config, rank=1))
+    received = torch.zeros(64, rows, config.model.hidden_size, requires_grad=True)
+    model.set_input_tensor(received)
+    kept = forward(model, micro_batch([64 * i for i in range(rows + 1)], rows=rows), config).kept_bytes
+    kept += 0 if rows == 1 else received.nbytes  # by the schedule, until its gradient leaves
+    derived, tokens = derive(config), own_tokens(config)
+    sizes = (derived.parameters, derived.padded_vocab_size, 1, 1)
+    memory = stage_memory(config, *sizes, stage=1)
+    softmax = memory.logits_gib * 4 / (4 + element_bytes(config))
+    table = 4 * tokens * config.model.head_dim
+    extra = {Recompute.none: 0, Recompute.selective: 4, Recompute.mlp: 0, Recompute.full: table}[recompute]
+    # Labels and their mask.
+    assert kept == pytest.approx((memory.activations_gib + softmax) * _GIB + 9 * tokens + extra, rel=1e-9)
+
+
+def test_chunks_that_received_their_rows_are_all_but_the_first_stages_first(tiny_config):
+    def counted(stage, rows, virtual=2, **changes):
+        sizes = {"parallel__pipeline_size": 4, "parallel__virtual_pipeline_size": virtual, **changes}
+        config = layout(tiny_config, model__num_layers=8, **sizes)
+        derived = derive(config)
+        config.optim.micro_batch_sequences = rows
+        sizes = (derived.parameters, derived.padded_vocab_size, 1, 8)
+        tokens = 64 * rows * config.model.hidden_size * element_bytes(config)
+        return stage_memory(config, *sizes, stage=stage).activations_gib * _GIB / tokens
+
+    def added(stage, virtual):
+        """Tensors of a stage's input that two rows keep beyond twice those of one, which are no copies."""
+        return counted(stage, 2, virtual) - counted(stage, 1, virtual)
+
+    # Four of eleven, all of nine, and none where there is one chunk that makes its input itself.
+    assert (added(0, 2), added(1, 2), added(0, None), added(1, None)) == pytest.approx((4, 9, 0, 3))
 
 
 @pytest.mark.parametrize("micro_batches", [4, 8, 32])
