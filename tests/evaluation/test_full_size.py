@@ -99,14 +99,14 @@ TINY = (
 )  # fmt: skip
 
 
-def measure(folder, *arguments):
+def measure(folder, *arguments, refused=""):
     done = subprocess.run(
         [sys.executable, "-m", "phsa_megatron.cli", "measure-training", "--out", "out", "--warm-up", "1",
          "--timed", "1", *arguments, *TINY],
         cwd=folder, capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == (2 if refused else 0) and refused in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -120,11 +120,16 @@ def test_what_was_measured_before_stays(tmp_path):
     assert {name: len(losses) for name, losses in curves.items()} == {"phsa": 3, "dense": 3}
     assert curves["phsa"] != curves["dense"]
     curves["phsa"] = [1.0, 2.0, 3.0]
-    page.write_json(tmp_path / "out" / page.CURVES_FILE, {"curves": {"phsa": curves["phsa"]}})
-    measure(tmp_path, "--only", "dense_4k", "--parts", "rows", "curves", "--curve-steps", "3")
+    older = {"curves": {"phsa": curves["phsa"]}, "device": "cpu", "commit": "older"}
+    page.write_json(tmp_path / "out" / page.CURVES_FILE, older)
+    again = ("--only", "dense_4k", "--parts", "rows", "curves", "--curve-steps", "3", "--commit", "newer")
+    measure(tmp_path, *again)
     rows = json.loads((tmp_path / "out" / page.ROWS_FILE).read_text())
     assert [row["name"] for row in rows] == ["dense_4k", "phsa_k2_4k"] and rows[1] == first[0]
-    assert json.loads((tmp_path / "out" / page.CURVES_FILE).read_text())["curves"] == curves
+    assert page.read_curves(tmp_path / "out") == (curves, {"phsa": "older", "dense": "newer"})
+    page.write_json(tmp_path / "out" / page.CURVES_FILE, older | {"device": "H200"})
+    measure(tmp_path, *again, refused="holds measurements of H200, and this is cpu")
+    assert page.read_curves(tmp_path / "out")[1] == {"phsa": "older"}
 
 
 def test_gates_compare_rows_of_the_same_length():
@@ -188,6 +193,7 @@ def test_the_page_shows_what_is_there(tmp_path):
     before |= {"name": "dense_32k", "commit": "e" * 40}
     page.write_json(tmp_path / page.EARLIER_PROFILE_FILE, [before])
     curves = {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}, "device": "GPU", "commit": "c" * 40}
+    curves["commits"] = {"dense": "f" * 40}
     page.write_json(tmp_path / page.CURVES_FILE, curves)
     page.write_json(tmp_path / page.OPS_FILE, {"ops_ms": {"SwiGLU": {"torch": 1.0, "compiled": "no"}}})
     text = page.write_page(tmp_path).read_text()
@@ -198,6 +204,7 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert "| | dense_32k before | dense_32k | least |" in text and "Before: commit `eeeeeeeeeeee`" in text
     assert re.search(r"\| linear layers \| 450.0 \| 400.0 \| 47\d.\d \|", text)
     assert "| SwiGLU | 1.0 | no |" in text
+    assert "On one GPU, commit `cccccccccccc` and `ffffffffffff`" in text
     assert "| phsa | 2 | 1.5000 | 1.5000 |" in text
     assert (tmp_path / "h100_training.png").stat().st_size > 1000
     assert json.loads((tmp_path / page.ROWS_FILE).read_text()) == rows

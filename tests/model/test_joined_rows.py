@@ -37,7 +37,7 @@ def without_hooks(model):
     model.decoder._forward_hooks.clear()
 
 
-@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+@pytest.mark.parametrize("recompute", list(Recompute))
 @pytest.mark.parametrize("kind", list(AttentionKind))
 def test_losses_and_gradients_are_those_of_rows_apart(
     tiny_config, single_process_groups, micro_batch, kind, recompute

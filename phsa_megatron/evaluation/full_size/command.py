@@ -28,6 +28,7 @@ import torch
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.document_flops import DocumentFlops, StepFlops
 from phsa_megatron.config.environment import process_environment
+from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.evaluation.full_size import page
 from phsa_megatron.evaluation.full_size.kernel_times import profile_step
@@ -75,6 +76,12 @@ class Measurement:
         os.environ.update(process_environment(first))
         self.device = first.cluster.device.value
         self.about = _about(arguments.commit, self.device)
+        others = page.devices(self.folder) - {self.about["device"]}
+        if others:
+            raise ConfigError(
+                f"--out={self.folder} holds measurements of {', '.join(sorted(others))}, and this is "
+                f"{self.about['device']}: rows of one page are compared with each other. Give another folder"
+            )
         self.memory_gib = torch.cuda.mem_get_info()[1] / 2**30 if self.device == "cuda" else 80.0
         # One code path serves rows of several shapes; past this number torch would stop compiling it.
         dynamo: Any = torch._dynamo.config
@@ -212,9 +219,9 @@ class Measurement:
         A curve of that many steps that is there already stays.
         """
         self.session.groups.close()
-        curves = {
-            name: losses for name, losses in page.read_curves(self.folder).items() if len(losses) == num_steps
-        }
+        found, known = page.read_curves(self.folder)
+        curves = {name: losses for name, losses in found.items() if len(losses) == num_steps}
+        commits = {name: known[name] for name in curves}
         for name, row in (("phsa", Row("phsa", 4096, 2)), ("dense", Row("dense", 4096))):
             if name in curves:
                 continue
@@ -234,8 +241,9 @@ class Measurement:
                     config_of(row, Setting(micro_batch=8), (*settings, *self.extra)), TrainState()
                 )
                 for losses in self._curve(num_steps):
-                    curves[name] = losses
-                    page.write_json(self.folder / page.CURVES_FILE, {"curves": curves, **self.about})
+                    curves[name], commits[name] = losses, self.about["commit"]
+                    content = {"curves": curves, "commits": commits, **self.about}
+                    page.write_json(self.folder / page.CURVES_FILE, content)
                 self.session.groups.close()
             except Exception:
                 traceback.print_exc()

@@ -46,10 +46,22 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return _read(folder / ROWS_FILE) or []
 
 
-def read_curves(folder: Path) -> dict[str, list[float]]:
-    """Return the loss curves that are there, by attention."""
-    found: dict[str, list[float]] = (_read(folder / CURVES_FILE) or {"curves": {}})["curves"]
-    return found
+def read_curves(folder: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the loss curves that are there, by attention, and the commit of each."""
+    found = _read(folder / CURVES_FILE) or {"curves": {}}
+    return found["curves"], _curve_commits(found)
+
+
+def _curve_commits(found: dict[str, Any]) -> dict[str, str]:
+    # Before curves had commits of their own, both were of one.
+    known, one = found.get("commits", {}), found.get("commit", "unknown")
+    return {name: known.get(name, one) for name in found["curves"]}
+
+
+def devices(folder: Path) -> set[str]:
+    """Return the names of the devices that the rows and curves in a folder were measured on."""
+    about = [*read_rows(folder), _read(folder / CURVES_FILE) or {}]
+    return {one["device"] for one in about if "device" in one}
 
 
 def write_page(folder: Path) -> Path:
@@ -157,7 +169,9 @@ def _ops_section(ops: dict[str, Any]) -> list[str]:
 
 
 def _curves_section(curves: dict[str, Any]) -> list[str]:
-    about = f"On one {curves['device']}, commit `{curves['commit'][:12]}`: fresh weights, the same text."
+    of = dict.fromkeys(commit[:12] for commit in _curve_commits(curves).values())
+    commits = " and ".join(f"`{commit}`" for commit in of)
+    about = f"On one {curves['device']}, commit {commits}: fresh weights, the same text."
     lines = ["## Loss at 4k", "", about, "", "| | steps | first 10 | last 10 |", "|---|---|---|---|"]
     for name, losses in curves["curves"].items():
         first, last = statistics.mean(losses[:10]), statistics.mean(losses[-10:])
