@@ -45,7 +45,7 @@ TINY = [
     "recipe=phsa_0p6b_pretrain_8gpu_h100_bf16_32k", "cluster=local_cpu", "run.dtype=fp32",
     "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_query_heads=4", "model.num_kv_heads=2",
     "model.head_dim=8", "attention.impl=reference", "attention.block_tokens=4", "attention.init_tokens=4",
-    "attention.local_tokens=8",
+    "attention.local_tokens=8", "compute.norm=torch",
 ]  # fmt: skip
 
 
