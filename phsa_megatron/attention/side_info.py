@@ -99,6 +99,8 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     num_joined_rows: int = 1
     """How many rows of the micro-batch this one row is made of."""
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    # Not in the memo, which both share: it would hold what holds it, and a cache of prompts with both.
+    _joined: SideInfo | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def build(
@@ -187,12 +189,15 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
 
     def joined(self) -> SideInfo:
         """Return the same with all rows as one of b * S tokens, in which documents are where they were."""
-        num_rows, length = self.token_ids.shape
-        flat = {
-            name: getattr(self, name).reshape(1, -1)
-            for name in ("token_ids", "is_punctuation", "pool_weights")
-        }
-        return replace(self, **flat, **_row_fields(num_rows * length), num_joined_rows=num_rows)
+        if self._joined is None:
+            num_rows, length = self.token_ids.shape
+            flat = {
+                name: getattr(self, name).reshape(1, -1)
+                for name in ("token_ids", "is_punctuation", "pool_weights")
+            }
+            row = _row_fields(num_rows * length)
+            self._joined = replace(self, **flat, **row, num_joined_rows=num_rows)
+        return self._joined
 
     def at_mtp_depth(self, depth: int) -> SideInfo:
         """Return the side information for the layer of multi-token-prediction depth `depth`.

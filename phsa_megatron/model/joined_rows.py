@@ -39,7 +39,7 @@ def _join(decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[A
     if decoder.input_tensor is not None:  # of the pipeline stage before
         decoder.input_tensor = _row_after_row(decoder.input_tensor)
     side_info: SideInfo = given["packed_seq_params"]
-    joined["packed_seq_params"] = side_info.once("joined", side_info.joined)
+    joined["packed_seq_params"] = side_info.joined()
     if given.get("rotary_pos_emb") is not None:
         joined["rotary_pos_emb"] = _repeated(given["rotary_pos_emb"], num_rows)
     return args, joined

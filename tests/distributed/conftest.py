@@ -52,7 +52,6 @@ def folder(tmp_path_factory) -> Path:
 def results(request, folder, tiny_config):
     """Returns {case: results of its ranks}, references included; the first test process computes them."""
     one = [(f"one-{v}", layout_config(tiny_config, 1, o)) for v, o in VARIANTS.items()]
-    one.append(("one-batched", layout_config(tiny_config, 1, {"optim__micro_batch_sequences": 2})))
     one.append(
         ("one-bf16-k1", layout_config(tiny_config, 1, VARIANTS["bf16"] | {"attention__train_topk": 1}))
     )

@@ -29,6 +29,9 @@ _NSA = {
     "attention__train_topk": 1,
     "attention__nsa_window_tokens": 12,
 }
+# Two sequences a micro-batch, against one process with one: layers see them as one row, but for CP and SP.
+ROWS2 = {"optim__micro_batch_sequences": 2}
+_EXPERTS = {"model__num_experts": 8, "model__expert_topk": 3, "model__expert_balance_coeff": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied_mtp": {"model__tie_embeddings": True, "model__mtp_num_layers": 1},
@@ -40,7 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compute__loss_chunk_tokens": 24,
         "model__tie_embeddings": True,
     },
-    "experts": {"model__num_experts": 8, "model__expert_topk": 3, "model__expert_balance_coeff": 0.1},
+    "experts": _EXPERTS,
+    # Experts are balanced within a micro-batch: its size is part of the loss.
+    "experts_rows2": _EXPERTS | ROWS2,
     "nsa": _NSA,
     "indexer": {"attention__selector": Selector.indexer, "attention__mean_weight_frac": 1.0},
     "aligned": {"attention__align_coeff": 10.0},
@@ -96,6 +101,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2_dp2_ep2": (4, PP2 | EP2),
     "dp2_cp2_ep4_sparse": (4, CP2 | EP4 | SPARSE),
     "tp2_pp2_vpp2_sp_full": (4, TP2 | PP2 | VPP2 | SP | FULL),
+    "rows2": (1, ROWS2),
+    "rows2_full": (1, ROWS2 | FULL),
+    "tp2_rows2": (2, TP2 | ROWS2),
+    "tp2_sp_rows2": (2, TP2 | SP | ROWS2),
+    "pp2_rows2": (2, PP2 | ROWS2),
+    "pp2_rows2_full": (2, PP2 | ROWS2 | FULL),
+    "pp2_vpp2_rows2": (2, PP2 | VPP2 | ROWS2),
+    "dp2_rows2": (2, ROWS2),
+    "dp2_ep2_rows2": (2, EP2 | ROWS2),
+    "cp2_rows2": (2, CP2 | ROWS2),
     "tp2_cp2_pp2": (8, TP2 | CP2 | PP2),
     "tp2_cp4_nodes_sparse": (8, TP2 | CP4 | NODES | SPARSE),
     "tp2_cp2_pp2_sp_full": (8, TP2 | CP2 | PP2 | SP | FULL),
@@ -105,8 +120,15 @@ BASIC = ("tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2")
 CASES = [
     *((layout, variant) for layout in BASIC for variant in ("plain", "tied_mtp")),
     *((layout, "plain") for layout in LAYOUTS if layout not in BASIC and "_ep" not in layout),
+    *((layout, "tied_mtp") for layout in ("rows2", "pp2_rows2", "pp2_vpp2_rows2")),
+    *(("rows2", variant) for variant in ("dense", "bf16", "chunked", "nsa", "indexer", "aligned")),
+    *(("pp2_rows2", variant) for variant in ("dense", "chunked")),
+    ("pp2_vpp2_rows2", "nsa"),
+    ("tp2_rows2", "indexer"),
+    ("dp2_rows2", "aligned"),
     *((layout, "experts") for layout in ("pp2", "dp2", "cp2")),
-    *((layout, "experts") for layout in LAYOUTS if "_ep" in layout),
+    *((layout, "experts") for layout in LAYOUTS if "_ep" in layout and "rows2" not in layout),
+    *((layout, "experts_rows2") for layout in ("pp2_rows2", "dp2_ep2_rows2", "cp2_rows2")),
     *((layout, "chunked") for layout in ("tp2", "tp2_sp", "pp2", "dp2", "cp2", "tp2_cp2_sp")),
     ("cp2_pp2", "tied"),
     ("cp2", "tied_mtp"),
@@ -139,6 +161,7 @@ _HEADINGS = {
     "bf16": "PHSA, bf16",
     "chunked": "PHSA, tied embeddings, loss in chunks",
     "experts": "PHSA, experts",
+    "experts_rows2": "PHSA, experts, two sequences a micro-batch",
     "nsa": "NSA",
     "indexer": "block indexer",
     "aligned": "PHSA, alignment loss",
@@ -153,7 +176,7 @@ def passes(layout: str) -> int:
 
 def table() -> str:
     """Return the layouts as a Markdown table, one line each."""
-    columns = ["processes", "TP", "SP", "PP", "VPP", "CP", "DP", "EP"]
+    columns = ["processes", "rows", "TP", "SP", "PP", "VPP", "CP", "DP", "EP"]
     columns += ["sharding", "exchange", "nodes", "recompute", *_HEADINGS.values()]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for layout, (processes, changes) in LAYOUTS.items():
@@ -161,6 +184,7 @@ def table() -> str:
         copies = processes // (sizes["tensor"] * sizes["pipeline"] * sizes["context"])
         cells = [
             processes,
+            changes.get("optim__micro_batch_sequences", 1),
             sizes["tensor"],
             "yes" if "parallel__sequence_parallel" in changes else "no",
             sizes["pipeline"],

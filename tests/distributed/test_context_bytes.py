@@ -18,8 +18,10 @@ from tests.distributed.layout_worker import NUM_SEQUENCES, SEQ_LEN_TOKENS, seque
 
 pytestmark = pytest.mark.slow
 
-# The layers of multi-token prediction do not tell what they select.
-CONTEXT_CASES = [case for case in CASES if "cp" in case[0] and "mtp" not in case[1]]
+# The layers of multi-token prediction do not tell what they select. Bytes are worked out by sequence here.
+CONTEXT_CASES = [
+    case for case in CASES if "cp" in case[0] and "rows2" not in case[0] and "mtp" not in case[1]
+]
 
 
 def _needed(selected, layer: int, number: int, config) -> set[int]:

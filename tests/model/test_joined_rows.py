@@ -4,6 +4,9 @@ That a model's logits and gradients are those of its documents alone, with two r
 `test_documents.py`; across pipeline stages by the layout matrix.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
@@ -77,6 +80,26 @@ def test_a_stage_that_gets_its_input_from_another_joins_that(tiny_config, single
     model.decoder.pre_process = False
     model.decoder.set_input_tensor(hidden)
     assert torch.equal(model.decoder(hidden_states=None, **given), first)
+
+
+def test_side_information_lives_no_longer_than_its_user(tiny_config, single_process_groups, micro_batch):
+    """A cache of prompts rides on it: what waits for the collector may be most of a GPU."""
+    config = tiny_config()
+    (model,) = build_model(config, single_process_groups)
+    batch = micro_batch(BOUNDS, rows=3)
+    info = batch.side_info(config)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(batch.tokens, batch.positions, None, packed_seq_params=info)
+        assert info.joined() is info.joined()
+        living = [weakref.ref(info), weakref.ref(info.joined())]
+        assert info._memo  # shared by both, and what the layers have computed is in it
+        del info
+        assert [ref() for ref in living] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_rows_that_are_documents_are_one_call_of_dense_attention(
