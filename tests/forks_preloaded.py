@@ -4,8 +4,9 @@ import gc
 
 from phsa_megatron.parallel import collective_trace, cpu_shim
 
-cpu_shim.install(hide_gpu=True)
+# Before the shim, which imports megatron.
 collective_trace.install()
+cpu_shim.install(hide_gpu=True)
 
 import torch  # noqa: E402
 

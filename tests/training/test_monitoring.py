@@ -119,10 +119,10 @@ def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_con
     with pytest.raises(InjectedFaultError):
         run(config)
     monkeypatch.delenv(VARIABLE)
-    # The first launch is moved into the past: as if the run had waited a thousand seconds for a node.
+    # The first launch is moved into the past: as if the run had waited a day for a node.
     file = RunFolder.of(config).metrics_file
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps(line | {"time": line["time"] - 1000}) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line | {"time": line["time"] - 100_000}) + "\n" for line in lines))
     finished = run(config)
 
     records = read_records(finished.folder.metrics_file)
@@ -130,7 +130,7 @@ def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_con
     expected = sum(step_times) / (records.time_by_step[6] - records.launches[0].start_time)
     steps, shares = records.series("perf/goodput_frac")
     assert steps == [1, 2, 3, 4, 5, 6]
-    # The clock is read before the record is written: far less than a second of more than a thousand.
+    # The clock is read before the record is written: seconds at most, of a day.
     assert shares[-1] == pytest.approx(expected, rel=1e-3) and shares[-1] < shares[3] / 3
     seen = read_progress(finished.folder).goodput
     assert seen.frac(records.time_by_step[6]) == pytest.approx(shares[-1], rel=1e-3)
@@ -153,16 +153,17 @@ def test_goodput_is_one_number_across_a_crash_in_metrics_and_for_status(tiny_con
     ids=["tensor", "pipeline", "context", "context_sparse", "overlapped"],
 )
 def test_who_waits_for_the_other_process_has_it_in_communication(tiny_config, layout):
-    """Process 1 is slow by 2 s in one step; process 0 waits, wherever its layout first needs the other."""
+    """Process 1 is slow by 4 s in one step; process 0 waits, wherever its layout first needs the other."""
     settings = {f"parallel.{name}": value for name, value in layout.items()}
     config = tiny_config(**{"cluster.processes_per_node": 2, "run.train_steps": 5, **settings})
-    ended = run_processes(config, [0, 1], **{VARIABLE: "slow@rank=1,step=3,phase=forward,seconds=2"})
+    ended = run_processes(config, [0, 1], **{VARIABLE: "slow@rank=1,step=3,phase=forward,seconds=4"})
     assert ended.codes == [0, 0], ended.everything()
     values = read_records(ended.folder.metrics_file).values_by_step
     waited = {step: values[step]["perf/communication_s"] for step in range(1, 6)}
-    # Half of 2 s in the mean of both, less what process 0 still had to do itself.
-    assert 0.8 < waited[3] < values[3]["perf/step_time_s"], waited
-    assert max(waited[4], waited[5]) < 0.5, waited
+    # Half of 4 s in the mean of both, less what process 0 still had to do itself.
+    assert 1.6 < waited[3] < values[3]["perf/step_time_s"], waited
+    # Not both of the others, however busy the machine is.
+    assert min(waited[4], waited[5]) < waited[3] / 3, waited
 
 
 @pytest.mark.skipif(
