@@ -10,7 +10,8 @@ import torch
 from torch.autograd import DeviceType
 
 from tests.distributed import multi_gpu, multi_gpu_page
-from tests.distributed.multi_gpu_timing import device_times, joined
+from tests.distributed.multi_gpu_start import environments
+from tests.distributed.multi_gpu_timing import cases, device_times, joined
 
 
 def _run(tmp_path, *arguments):
@@ -73,6 +74,30 @@ def test_a_case_that_hangs_or_fails_leaves_its_tracebacks_and_the_rest_goes_on(t
     assert set(cases) == {"cp2", "cp2_sparse", "dp2"} and len(report["cases"]) == 3
 
 
+def test_processes_start_without_multicast_and_without_the_rank_of_another_run(monkeypatch):
+    inherited = {
+        "RANK": "5",
+        "LOCAL_RANK": "5",
+        "WORLD_SIZE": "9",
+        "NCCL_NVLS_ENABLE": "1",
+        "NCCL_DEBUG": "INFO",
+    }
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    (alone,), pair = environments(1, 1234, 2), environments(2, 1234, 2)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & alone.keys()
+    assert [(one["RANK"], one["LOCAL_RANK"], one["WORLD_SIZE"]) for one in pair] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
+    for one in (alone, *pair):
+        multicast = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
+        assert [one[name] for name in multicast] == ["0", "1", "1"]
+        # What a person has set stays.
+        assert (one["NCCL_DEBUG"], one["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("INFO", "1")
+
+
 def test_exposed_time_is_what_no_other_kernel_covers():
     assert joined([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
 
@@ -91,6 +116,12 @@ def test_exposed_time_is_what_no_other_kernel_covers():
         event("aten::mm", 0, 30, device=DeviceType.CPU),
     ]
     assert device_times(events) == {"nccl_s": 3.0, "nccl_exposed_s": 1.0, "computing_s": 5.0}
+
+
+def test_the_first_case_of_a_kind_has_time_to_compile():
+    timeouts = {one["name"]: one["timeout_s"] for one in cases(2, "gpu")}
+    assert timeouts["0p6b_32k_cp1_phsa"] == timeouts["0p6b_32k_cp2_phsa_all_gather"] > 90
+    assert timeouts["0p6b_128k_cp2_phsa_all_gather"] == timeouts["8b_128k_cp1_phsa_3layers"] == 90
 
 
 def test_the_page_names_what_failed_and_what_was_not_run():
