@@ -143,7 +143,7 @@ class BlockExchange:
         """Gather what every process needs; `ids` are the blocks that the own queries selected."""
         self.groups, self.blocks = groups, blocks
         marks = blocks.needed(ids).to(torch.uint8)
-        self.needs = torch.stack(start_all_gather(marks, groups).wait()).bool()  # [CP, NB]
+        self.needs = start_all_gather(marks, groups).joined().bool()  # [CP, NB]
 
     def sends_less(self) -> bool:
         """Return whether blocks are fewer bytes than all keys, for the process that sends most.
