@@ -278,8 +278,7 @@ def cases(report, heads, topk, seq_len, reps, save):
         case = common | {"exchange": way[0], "sharding": way[1], "context_size": SIZE, "ranks": rows}
         case["one_gpu"] = alone
         case["efficiency_frac"] = alone["fwd_bwd_device_ms"] / SIZE / slowest["fwd_bwd_device_ms"]
-        if way == WAYS[0]:  # what the plan counts
-            case |= projection(heads, topk, seq_len, SIZE, measured)
+        case |= projection(heads, topk, seq_len, SIZE, measured, *way)
         report["cases"].append(case)
         show(case)
         save()

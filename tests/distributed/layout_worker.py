@@ -100,7 +100,9 @@ class KeepingRecorder(SelectionRecorder):
             gap = smallest_score_gap_frac(query.detach().float(), key.detach().float(), side_info)
             self.score_gap_frac = min(self.score_gap_frac, gap)
         tokens = range(len(ids)) if own is None else own.tolist()
-        numbers = [self._numbers[row.numpy().tobytes()] for row in side_info.token_ids]
+        numbers = [
+            self._numbers[row.numpy().tobytes()] for row in side_info.token_ids.view(-1, SEQ_LEN_TOKENS)
+        ]
         for token, heads in zip(tokens, ids.tolist(), strict=True):
             row, position = divmod(token, SEQ_LEN_TOKENS)
             for head, blocks in enumerate(heads):

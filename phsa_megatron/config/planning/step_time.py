@@ -12,13 +12,14 @@ from phsa_megatron.config.activations import element_bytes, head_widths, own_tok
 from phsa_megatron.config.derive import data_parallel_size, micro_batches_per_step
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.memory import stage_parameters
-from phsa_megatron.config.planning.attention_time import AttentionTime, attention_time, table
+from phsa_megatron.config.planning.attention_time import AttentionTime, table
 from phsa_megatron.config.planning.communication import (
     Communication,
     Traffic,
     communication,
     recomputes_attention,
 )
+from phsa_megatron.config.planning.context_time import process_attention
 from phsa_megatron.config.planning.machine import Machine
 from phsa_megatron.config.schema import AttentionKind, Elementwise, Loss, Recompute, TrainConfig
 
@@ -29,7 +30,7 @@ class StepTime:
 
     Attributes:
         products_s: matrix products outside of attention.
-        attention_s: pooling, selection and attention.
+        attention_s: pooling, selection and attention, and copies of keys under context parallelism.
         elementwise_s: norms, RoPE, SwiGLU, residuals, softmax of the loss.
         recompute_s: what is computed a second time.
         host_s: waiting for Python where a layer is smaller than its launches.
@@ -85,7 +86,7 @@ def step_time(
 ) -> StepTime:
     """Return the predicted time of a step of this run."""
     parallel, micro_batches = config.parallel, micro_batches_per_step(config)
-    attention = attention_time(config)
+    attention = process_attention(config, machine)
     sent = communication(config, parameters, padded_vocab)
     forward, backward = (
         _layer(config, machine, attention, backward=False),
