@@ -75,7 +75,7 @@ def _block_copies(own: float, all_keys: float, wide: float) -> tuple[float, floa
     """Return the bytes of the block-sparse exchange (forward, backward); `wide`: fp32 over the dtype."""
     # Joined; picked for the receivers; put in slots.
     forward = 4 * own + 4 * all_keys + 4 * all_keys
-    # Gradients of slots cleared, picked and joined; what returns is widened and added to sums, these narrowed.
+    # Gradients of slots cleared, picked and joined; what returns is widened and added to sums, then narrowed.
     widened = 2 * (1 + wide) * (wide > 1)
     backward = (10 + widened + 6 * wide) * all_keys + (2 * wide + widened) * own
     return forward, backward
