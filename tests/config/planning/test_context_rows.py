@@ -2,8 +2,8 @@
 
 The rows are of commit ccf90f9, whose copies are counted here as `config/context_copies.py` counts those of
 this version. What torch copies was counted call by call for both (tests/attention/test_context_copies.py,
-which was run on that code too); what the kernels of dK and dV move is read from their code. Nothing is fitted:
-a row that is missed stays missed.
+which was run on that code too); what the kernels of dK and dV move is read from their code. Nothing is
+fitted: a row that is missed stays missed.
 """
 
 from __future__ import annotations
