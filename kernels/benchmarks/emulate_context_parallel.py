@@ -6,8 +6,9 @@ A process's own queries against all keys, through `PHSACoreAttention` itself: po
 with the queries' positions, the exchange's own work (order of the gathered keys, marks and slots of needed
 blocks), attention and the backward pass. What the other processes send comes from `context_replay.py`, so
 that sending takes no time here, and what is gathered lies where the collective puts it. Gate first: output,
-selected blocks and gradients of 8 processes equal those of one within rounding, at a smaller size. Beside each row stands what `phsa-train plan` says, and the step
-that the plan comes to with the measured attention in the place of its own.
+selected blocks and gradients of 8 processes equal those of one within rounding, at a smaller size. Beside
+each row stands what `phsa-train plan` says, and the step that the plan comes to with the measured attention
+in the place of its own.
 
 Times are medians of CUDA events (`eager_ms`: with Python and launches) and the sum of the kernels' own times
 by the profiler (`device_ms`: what the plan's rows are).

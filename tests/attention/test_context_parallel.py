@@ -227,6 +227,21 @@ def test_output_gradients_and_selection_equal_one_process(cls, bounds, rows, siz
                 assert len(here.unique()) == len(here)
 
 
+def test_parts_that_pass_two_levels_are_not_gathered_to_their_places():
+    """They arrive by places, not by processes: taken for those of one level they would be out of order."""
+
+    def refused(collection):
+        groups = ContextGroups.of(collection)
+        x = torch.zeros(4, 2)
+        with pytest.raises(ValueError, match="two levels"):
+            exchange.start_all_gather_to([x], lambda: exchange.Landing((), (x,)), groups)
+        with pytest.raises(ValueError, match="use reduce_scatter"):
+            exchange.reduce_scatter_from([x], [x], groups)
+        return True
+
+    assert on_all(4, refused, node_size=2) == [True] * 4
+
+
 def _sent_bytes(sent, way, bounds, size=4):
     """Returns what one forward and backward pass sends on all processes: (in all, across nodes)."""
     sent.clear()
