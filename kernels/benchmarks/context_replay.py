@@ -5,7 +5,7 @@ with that: after as many rounds as there are collectives every process has run t
 then runs one process alone, and its collectives give at once what was recorded: what is left to time is the
 process's own work, with the project's own code from the chunk of queries to the gradients of own keys.
 
-Nothing is imitated but the three functions of `phsa_megatron.parallel.exchange` that call torch.distributed.
+Nothing is imitated but the five functions of `phsa_megatron.parallel.exchange` that call torch.distributed.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class Replay:
         """A pass that goes beyond the recorded one (its backward pass): right shapes, no right values."""
         if kind == "reduce_scatter":
             return sent[self.rank]
+        if kind == "reduce_scatter_from":
+            return None  # what stands in the results is left there
         assert kind == "all_to_all", f"{kind} was not recorded"
         rows, _, num_received = sent
         key = (number, self.rank)
@@ -112,10 +114,23 @@ class Replay:
         def reduce_scatter(parts, groups, group):
             return self._call("reduce_scatter", parts.contiguous())
 
+        def all_gather_to(sent, landing, groups):
+            # The memory of the recorded pass, so that what arrives takes no time.
+            return self._call("all_gather_to", (sent, landing)), done
+
+        def reduce_scatter_from(parts, results, groups):
+            sums = self._call("reduce_scatter_from", tuple(parts))
+            if self._waiting is not None:
+                for result, total in zip(results, sums, strict=True):
+                    result.copy_(total)
+
         def all_to_all(sent, route, num_sent, num_received):
             return self._call("all_to_all", (sent, num_sent, num_received))
 
-        replaced = {"_all_gather": all_gather, "_reduce_scatter": reduce_scatter, "_all_to_all": all_to_all}
+        replaced = {
+            "_all_gather": all_gather, "_all_gather_to": all_gather_to, "_all_to_all": all_to_all,
+            "_reduce_scatter": reduce_scatter, "_reduce_scatter_from": reduce_scatter_from,
+        }  # fmt: skip
         with mock.patch.multiple(exchange, **replaced):
             yield
 
@@ -126,6 +141,10 @@ def _bytes_to_others(kind, sent, rank, size):
         return (size - 1) * sent.numel() * sent.element_size()
     if kind == "reduce_scatter":
         return (size - 1) * sent[0].numel() * sent.element_size()
+    if kind == "all_gather_to":
+        return sum(_bytes_to_others("all_gather", x, rank, size) for x in sent[0])
+    if kind == "reduce_scatter_from":
+        return sum(_bytes_to_others("reduce_scatter", x, rank, size) for x in sent)
     rows, num_sent, _ = sent
     to_others = sum(num_sent) - num_sent[rank]
     return to_others * rows[:1].numel() * rows.element_size()
@@ -139,6 +158,15 @@ def _result(sent):
     if kind == "all_gather":
         everyone = torch.stack(parts)  # one tensor for all: nobody writes to it
         return [everyone for _ in ranks]
+    if kind == "all_gather_to":
+        to = parts[0][1]()
+        for place, received in enumerate(to.parts):
+            torch.stack([sent[place] for sent, _ in parts], out=received)
+        return [to for _ in ranks]
+    if kind == "reduce_scatter_from":
+        sums = [_result({r: ("reduce_scatter", part[i]) for r, part in enumerate(parts)})
+                for i in range(len(parts[0]))]  # fmt: skip
+        return [[total[rank] for total in sums] for rank in ranks]
     if kind == "reduce_scatter":
         wide = torch.promote_types(parts[0].dtype, torch.float32)
         return [sum(part[rank].to(wide) for part in parts).to(parts[0].dtype) for rank in ranks]

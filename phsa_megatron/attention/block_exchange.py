@@ -13,6 +13,7 @@ tokens of all rows, CP processes, m tokens of a block, NB = T / m + N rows for b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,9 +132,27 @@ class BlockPlan:
         both = torch.stack([key, value], dim=1)
         for route in self.routes:
             both = send_rows(both, route)
-        # Tokens past the end of a document's last block are never read; zeros, so that they are finite.
-        empty = key.new_zeros(self.num_slots * block_tokens, *key.shape[1:])
-        return empty.index_copy(0, self.rows, both[:, 0]), empty.index_copy(0, self.rows, both[:, 1])
+        keys_and_values: tuple[Tensor, Tensor] = _IntoSlots.apply(  # type: ignore[no-untyped-call]
+            both, self.rows, self.num_slots * block_tokens
+        )
+        return keys_and_values
+
+
+class _IntoSlots(torch.autograd.Function):
+    """Puts received tokens [n, 2, Hkv, D] in their rows: by reading, which takes one pass and not three."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        ctx.rows = rows
+        # Rows past the end of a last block are never read: they hold the first token, which is finite.
+        source = rows.new_zeros(num_rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+        tokens = both.flatten(0, 1)
+        return tokens.index_select(0, 2 * source), tokens.index_select(0, 2 * source + 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor, None, None]:
+        grads = [grad.index_select(0, ctx.rows) for grad in (grad_keys, grad_values)]
+        return torch.stack(grads, dim=1), None, None
 
 
 class BlockExchange:
@@ -143,7 +162,7 @@ class BlockExchange:
         """Gather what every process needs; `ids` are the blocks that the own queries selected."""
         self.groups, self.blocks = groups, blocks
         marks = blocks.needed(ids).to(torch.uint8)
-        self.needs = torch.stack(start_all_gather(marks, groups).wait()).bool()  # [CP, NB]
+        self.needs = start_all_gather(marks, groups).joined().bool()  # [CP, NB]
 
     def sends_less(self) -> bool:
         """Return whether blocks are fewer bytes than all keys, for the process that sends most.

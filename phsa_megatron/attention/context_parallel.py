@@ -23,17 +23,17 @@ tokens of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from phsa_kernels.api import pool
 from phsa_megatron.attention.block_exchange import BlockExchange, BlockMap
+from phsa_megatron.attention.gathered_keys import KeyOrder
 from phsa_megatron.attention.side_info import SideInfo
 from phsa_megatron.config.schema import AttentionConfig, ContextExchange, ContextSharding
 from phsa_megatron.config.sequence_chunks import own_chunks
-from phsa_megatron.parallel.exchange import ContextGroups, Gathering, reduce_scatter, start_all_gather
+from phsa_megatron.parallel.exchange import ContextGroups, Gathering, LandingGathering, start_all_gather
 from phsa_megatron.parallel.sequence_sharding import natural_order, own_positions
 
 
@@ -77,6 +77,11 @@ class ContextShard:
     seq_len_tokens: int
     sharding: ContextSharding = ContextSharding.zigzag
     exchange: ContextExchange = ContextExchange.all_gather
+
+    @property
+    def key_order(self) -> KeyOrder:
+        """Return where the keys of all processes lie, and how they get there."""
+        return KeyOrder(self.groups, self.num_rows, self.seq_len_tokens, self.sharding)
 
     @property
     def chunk_tokens(self) -> int:
@@ -148,21 +153,21 @@ class ContextShard:
             block_tokens=m,
             impl=settings.impl.value,
         )
-        slots = torch.cat(start_all_gather(own, self.groups).wait())
+        slots = start_all_gather(own, self.groups).joined().flatten(0, 1)
         pooled = slots.index_select(0, owners.slot_of_block)
-        return pooled.masked_fill(~owners.is_block[:, None, None, None], 0.0)
+        return pooled.masked_fill_(~owners.is_block[:, None, None, None], 0.0)
 
-    def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering | None:
+    def start_keys_and_values(self, key: Tensor, value: Tensor) -> Gathering | LandingGathering | None:
         """Start to gather keys and values [b * S / CP, Hkv, D] of all, if it is sure that all go."""
         if self.exchange != ContextExchange.all_gather:
             return None
-        return self._start_all(key, value)
+        return self.key_order.start(key, value)
 
     def keys_and_values(
         self,
         key: Tensor,
         value: Tensor,
-        gathering: Gathering | None,
+        gathering: Gathering | LandingGathering | None,
         ids: Tensor | None,
         side_info: SideInfo,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -189,32 +194,8 @@ class ContextShard:
                 plan = sparse.plan()
                 return *plan.fetch(key, value, blocks.block_tokens), plan.block_slot
         if gathering is None:
-            gathering = self._start_all(key, value)
-        both: tuple[Tensor, Tensor] = _FinishGather.apply(  # type: ignore[no-untyped-call]
-            key, value, gathering, self
-        )
-        return *both, None
-
-    def _start_all(self, key: Tensor, value: Tensor) -> Gathering:
-        return start_all_gather(torch.stack([key.detach(), value.detach()]), self.groups)
-
-    def natural(self, gathered: list[Tensor]) -> Tensor:
-        """Return [2, b * S, Hkv, D] in natural order of the [2, b * S / CP, Hkv, D] of every process."""
-        chunks = [part.view(2, self.num_rows, 2, self.chunk_tokens, *part.shape[2:]) for part in gathered]
-        places = natural_order(self.groups.size(), self.sharding)
-        in_order = [chunks[place // 2][:, :, place % 2] for place in places]
-        return torch.cat(in_order, dim=2).view(2, -1, *gathered[0].shape[2:])
-
-    def by_process(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Return [CP, 2, b * S / CP, Hkv, D] of two [b * S, Hkv, D]: the inverse of `natural`."""
-        size, tail = self.groups.size(), keys.shape[1:]
-        parts = keys.new_empty(size, 2, self.num_rows, 2, self.chunk_tokens, *tail)
-        for which, x in enumerate((keys, values)):
-            chunks = x.view(self.num_rows, 2 * size, self.chunk_tokens, *tail)
-            for rank in range(size):
-                for place, number in enumerate(self.own_chunks(rank)):
-                    parts[rank, which, :, place] = chunks[:, number]
-        return parts.flatten(2, 4)
+            gathering = self.key_order.start(key, value)
+        return *self.key_order.finish(key, value, gathering), None
 
     def _boundary_keys(self, key: Tensor, m: int, following: Tensor) -> Tensor:
         """Return [b * 2 * (m - 1), Hkv, D]: the keys that follow each of this process's chunks.
@@ -222,7 +203,7 @@ class ContextShard:
         After the last chunk of a row nothing follows; what stands there is never read.
         """
         starts = self.by_chunk(key)[:, :, : m - 1]  # [b, 2, m - 1, Hkv, D]
-        chunks = torch.cat(start_all_gather(starts, self.groups).wait(), dim=1)  # [b, CP * 2, m - 1, Hkv, D]
+        chunks = torch.cat(start_all_gather(starts, self.groups).parts(), dim=1)  # [b, CP * 2, m - 1, Hkv, D]
         return chunks.index_select(1, following).reshape(-1, *key.shape[1:])
 
     def _block_owners(self, side_info: SideInfo, m: int) -> BlockOwners:
@@ -295,21 +276,3 @@ class ContextShard:
         inside = offset >= first_offset
         place = torch.where(inside, own_chunk * c + offset, num_chunks * c + own_chunk * (m - 1) + offset)
         return torch.where(exists, place, 0).flatten()
-
-
-class _FinishGather(torch.autograd.Function):
-    """Waits for keys and values; backward returns each process the gradients of its own."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, key: Tensor, value: Tensor, gathering: Gathering, shard: ContextShard
-    ) -> tuple[Tensor, Tensor]:
-        ctx.shard = shard
-        keys, values = shard.natural(gathering.wait()).unbind(0)
-        return keys, values
-
-    @staticmethod
-    def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        shard: ContextShard = ctx.shard
-        own = reduce_scatter(shard.by_process(grad_keys.contiguous(), grad_values.contiguous()), shard.groups)
-        return own[0], own[1], None, None

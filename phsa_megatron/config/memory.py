@@ -18,9 +18,19 @@ from phsa_megatron.config.activations import (
     residual_width,
     rows_apart,
 )
+from phsa_megatron.config.context_copies import copied_frac
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.learned_weights import learned_weights
-from phsa_megatron.config.schema import AttentionKind, Device, Dtype, KernelImpl, Loss, Recompute, TrainConfig
+from phsa_megatron.config.schema import (
+    AttentionKind,
+    ContextExchange,
+    Device,
+    Dtype,
+    KernelImpl,
+    Loss,
+    Recompute,
+    TrainConfig,
+)
 
 _GIB = 1 << 30
 
@@ -258,11 +268,11 @@ def _init_sum_chunks(tokens: float, kv_heads: float, init_tokens: int) -> int:
 
 
 def _pooled_keys_bytes(config: TrainConfig) -> float:
-    """Return the pooled keys of all blocks of a micro-batch; gathering makes three copies more."""
+    """Return the pooled keys of all blocks of a micro-batch; gathering makes one copy more."""
     if config.attention.kind == AttentionKind.dense:
         return 0.0
     blocks = config.optim.micro_batch_sequences * config.data.seq_len_tokens // config.attention.block_tokens
-    copies = 4 if config.parallel.context_size > 1 else 1
+    copies = 2 if config.parallel.context_size > 1 else 1
     return blocks * head_widths(config)[1] * element_bytes(config) * copies
 
 
@@ -289,12 +299,15 @@ def _attention_bytes(config: TrainConfig, pooled: float, workspace: float) -> fl
     model, parallel = config.model, config.parallel
     q, kv = head_widths(config)
     t, e, size = own_tokens(config), element_bytes(config), parallel.context_size
-    # Gathered keys and values exist twice, in the order of processes and in that of tokens; so do their
-    # gradients before they are scattered.
+    # What does not travel to its place exists twice, in the order of processes and in that of tokens; so do
+    # its gradients before they are scattered. Needed blocks exist as received and in slots, their gradients
+    # once more as they are joined.
     all_kv = e * t * size * 2 * kv
+    sparse = size > 1 and parallel.context_exchange != ContextExchange.all_gather
+    again_forward, again_backward = (1.0, 2.0) if sparse else (copied_frac(config),) * 2
     residual = t * e * residual_width(config)
-    backward = residual + e * t * 2 * q + all_kv * (2 if size > 1 else 1) + workspace
-    forward = pooled + (all_kv if size > 1 else 0.0)
+    backward = residual + e * t * 2 * q + all_kv * (1 + again_backward) + workspace
+    forward = pooled + again_forward * all_kv
     of_mlp = t * e * 5 * model.ffn_hidden_size / parallel.tensor_size + 2 * residual
     return max(backward, forward) - of_mlp
 

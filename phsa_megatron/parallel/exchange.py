@@ -1,6 +1,8 @@
 """The collectives of context parallelism: everything that a layer sends goes through this file.
 
 - `start_all_gather` gives every process all parts; `reduce_scatter` is what its backward pass needs.
+- `start_all_gather_to` writes parts where they belong, and `reduce_scatter_from` reads them where they lie:
+  what they save are passes over all keys, which no more processes make smaller.
 - `send_rows` gives every process the rows that it asked for, and their gradients back to the owners.
 
 Over several nodes (`ContextGroups.across`) each goes in two steps, so that what several processes of a node
@@ -11,12 +13,14 @@ gradients are summed inside the node before they cross. The bytes that are sent 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Gathering:
 
     Attributes:
         sent: this process's tensor, kept alive until the others have read it.
-        received: [processes of the first level, *sent.shape]; not to be read before `wait`.
+        received: [processes of the first level, *sent.shape]; not to be read before `parts`.
         work: of the first level.
         groups: whose parts are gathered.
     """
@@ -92,7 +96,7 @@ class Gathering:
     work: Any
     groups: ContextGroups
 
-    def wait(self) -> list[Tensor]:
+    def parts(self) -> list[Tensor]:
         """Return all processes' tensors in order; on a GPU the current stream waits, not the host."""
         self.work.wait()
         if len(self.groups.levels()) == 1:
@@ -102,6 +106,13 @@ class Gathering:
         everyone, work = _all_gather(self.received, self.groups, inside)
         work.wait()
         return [everyone[i, n] for n in range(len(self.received)) for i in range(inside.size())]
+
+    def joined(self) -> Tensor:
+        """Return all processes' tensors in order, [CP, *sent.shape]: without a copy unless nodes matter."""
+        if len(self.groups.levels()) > 1:
+            return torch.stack(self.parts())
+        self.work.wait()
+        return self.received
 
 
 def start_all_gather(tensor: Tensor, groups: ContextGroups) -> Gathering:
@@ -116,6 +127,77 @@ def _all_gather(sent: Tensor, groups: ContextGroups, group: dist.ProcessGroup) -
     work = dist.all_gather_into_tensor(received.view(-1), sent.view(-1), group=group, async_op=True)
     traffic.add((group.size() - 1) * sent.numel() * sent.element_size(), groups, group)
     return received, work
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Memory for parts of all processes, whose owner knows what they are together.
+
+    Attributes:
+        whole: tensors that the parts lie in, and whatever else the owner reads afterwards.
+        parts: for each tensor that is sent, [processes, *its shape], contiguous.
+    """
+
+    whole: tuple[Tensor, ...]
+    parts: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LandingGathering:
+    """An all-gather under way to where its parts belong; `landing` is not to be read before `work.wait()`."""
+
+    sent: tuple[Tensor, ...]
+    landing: Landing
+    work: Any
+
+
+def start_all_gather_to(
+    tensors: Sequence[Tensor], landing: Callable[[], Landing], groups: ContextGroups
+) -> LandingGathering:
+    """Start to gather each of `tensors` into its part of `landing()`, all in one collective of one level.
+
+    Raises:
+        ValueError: the groups have two levels: parts then arrive in the order of places, not of processes.
+    """
+    if len(groups.levels()) > 1:
+        raise ValueError(
+            "parts that pass two levels do not arrive in the order of processes: gather, then copy"
+        )
+    sent = tuple(tensor.contiguous() for tensor in tensors)
+    return LandingGathering(sent, *_all_gather_to(sent, landing, groups))
+
+
+def _all_gather_to(
+    sent: tuple[Tensor, ...], landing: Callable[[], Landing], groups: ContextGroups
+) -> tuple[Landing, Any]:
+    to, group = landing(), groups.whole
+    with _coalescing_manager(group, async_ops=True) as work:
+        for part, received in zip(sent, to.parts, strict=True):
+            dist.all_gather_into_tensor(received.view(-1), part.view(-1), group=group, async_op=True)
+            traffic.add((group.size() - 1) * part.numel() * part.element_size(), groups, group)
+    return to, work
+
+
+def reduce_scatter_from(parts: Sequence[Tensor], results: Sequence[Tensor], groups: ContextGroups) -> None:
+    """Write the sum over processes of `parts[i][r]` to `results[i]` on process r, in one collective.
+
+    Args:
+        parts: each [size, ...], contiguous.
+        results: each contiguous, of the shape of `parts[i][0]`.
+        groups: of one level.
+    """
+    if len(groups.levels()) > 1:
+        raise ValueError("sums inside a node come first: use reduce_scatter")
+    _reduce_scatter_from(parts, results, groups)
+
+
+def _reduce_scatter_from(parts: Sequence[Tensor], results: Sequence[Tensor], groups: ContextGroups) -> None:
+    group = groups.whole
+    with _coalescing_manager(group, async_ops=True) as work:
+        for part, result in zip(parts, results, strict=True):
+            dist.reduce_scatter_tensor(result.view(-1), part.view(-1), group=group, async_op=True)
+            traffic.add((group.size() - 1) * result.numel() * result.element_size(), groups, group)
+    work.wait()
 
 
 def reduce_scatter(parts: Tensor, groups: ContextGroups) -> Tensor:

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from phsa_megatron.config.schema import (
     PunctuationLanguage,
     PunctuationMatch,
 )
+from phsa_megatron.parallel import exchange
 from phsa_megatron.parallel.exchange import ContextGroups
 from phsa_megatron.parallel.sequence_sharding import own_part, own_positions
 
@@ -74,7 +76,7 @@ def sent(monkeypatch):
         count(group, received[len(tensor) :])
         return SimpleNamespace(wait=lambda: None)
 
-    def reduce(result, tensor, group):
+    def reduce(result, tensor, group, async_op=False):
         parts = [other.view(group.size(), -1)[group.rank()] for other in group.exchange(tensor)]
         result.copy_(torch.stack(parts).sum(0))
         count(group, tensor[len(result) :])
@@ -88,6 +90,9 @@ def sent(monkeypatch):
             if process != group.rank():
                 count(group, part)
 
+    # Threads pass each part of a collective at once: there is nothing to wait for at its end.
+    together = nullcontext(SimpleNamespace(wait=lambda: None))
+    monkeypatch.setattr(exchange, "_coalescing_manager", lambda group, async_ops: together)
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
     monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce)
     monkeypatch.setattr(torch.distributed, "all_to_all_single", all_to_all)
@@ -125,8 +130,8 @@ def _settings(**changes):
     return AttentionConfig(**{"block_tokens": 4, "init_tokens": 4, "local_tokens": 8, **changes})
 
 
-def _info(bounds, settings, recorder=None):
-    tokens = torch.randint(0, 50, (B, S), generator=torch.Generator().manual_seed(0))
+def _info(bounds, settings, recorder=None, rows=B):
+    tokens = torch.randint(0, 50, (rows, B * S // rows), generator=torch.Generator().manual_seed(0))
     return SideInfo.build(
         tokens, torch.tensor(bounds, dtype=torch.int32), TABLE, settings, topk=2, recorder=recorder
     )
@@ -139,9 +144,9 @@ def _attention(cls, settings, collection=None, parallel=None):
     return cls(config, 1, attention=settings, pg_collection=collection, **kwargs)
 
 
-def _qkv(dtype=torch.float64):
+def _qkv(dtype=torch.float64, rows=B):
     generator = torch.Generator().manual_seed(0)  # not the global one: several threads ask
-    shapes = [(S, B, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    shapes = [(B * S // rows, rows, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -155,11 +160,12 @@ class KeepsIds:
 def _run(cls, settings, bounds, upstream, collection=None, recorder=None, parallel=None):
     """Returns (output, gradients of q, k, v, recorder) on one process: all tokens, or its own."""
     group, parallel = collection and collection.cp, parallel or ParallelConfig()
-    whole, size, rank = _qkv(), group.size() if group else 1, group.rank() if group else 0
-    own = own_positions(S, size, rank, parallel.context_sharding)
+    tokens, rows = upstream.shape[:2]
+    whole, size, rank = _qkv(rows=rows), group.size() if group else 1, group.rank() if group else 0
+    own = own_positions(tokens, size, rank, parallel.context_sharding)
     inputs = [x[own].requires_grad_() for x in whole]
     recorder = recorder or KeepsIds()
-    info = _info(bounds, settings, recorder)
+    info = _info(bounds, settings, recorder, rows)
     out = _attention(cls, settings, collection, parallel)(*inputs, None, packed_seq_params=info)
     grads = torch.autograd.grad(out, inputs, upstream[own])
     return out, grads, recorder
@@ -197,10 +203,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("rows", [1, B])
 @pytest.mark.parametrize(("cls", "size", "way"), CASES)
-def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way):
+def test_output_gradients_and_selection_equal_one_process(cls, bounds, rows, size, way):
+    """One row of both sequences' tokens, whose keys are gathered to where they belong, or two of one each."""
     settings, parallel = _settings(dense_len_tokens=10), _parallel(*WAYS[way])
-    upstream = torch.randn(S, B, HEADS * D, dtype=torch.float64)
+    upstream = torch.randn(B * S // rows, rows, HEADS * D, dtype=torch.float64)
     expected, expected_grads, kept = _run(cls, settings, bounds, upstream)
     ranks = on_all(
         size,
@@ -208,7 +216,7 @@ def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way
         parallel.context_node_size,
     )
     for rank, (out, grads, recorder) in enumerate(ranks):
-        own = own_positions(S, size, rank, parallel.context_sharding)
+        own = own_positions(len(upstream), size, rank, parallel.context_sharding)
         torch.testing.assert_close(out, expected[own], rtol=1e-12, atol=1e-12)
         for found, one in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(found, one[own], rtol=1e-11, atol=1e-12)
@@ -217,6 +225,21 @@ def test_output_gradients_and_selection_equal_one_process(cls, bounds, size, way
             if recorder.block_slot is not None:  # the Triton kernels' backward refuses a slot named twice
                 here = recorder.block_slot[recorder.block_slot >= 0]
                 assert len(here.unique()) == len(here)
+
+
+def test_parts_that_pass_two_levels_are_not_gathered_to_their_places():
+    """They arrive by places, not by processes: taken for those of one level they would be out of order."""
+
+    def refused(collection):
+        groups = ContextGroups.of(collection)
+        x = torch.zeros(4, 2)
+        with pytest.raises(ValueError, match="two levels"):
+            exchange.start_all_gather_to([x], lambda: exchange.Landing((), (x,)), groups)
+        with pytest.raises(ValueError, match="use reduce_scatter"):
+            exchange.reduce_scatter_from([x], [x], groups)
+        return True
+
+    assert on_all(4, refused, node_size=2) == [True] * 4
 
 
 def _sent_bytes(sent, way, bounds, size=4):

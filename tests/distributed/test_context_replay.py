@@ -31,7 +31,13 @@ def qkv():
 
 
 @pytest.mark.parametrize(
-    "way", [("all_gather", "zigzag"), ("block_sparse", "zigzag"), ("block_sparse", "contiguous")]
+    "way",
+    [
+        ("all_gather", "zigzag"),
+        ("all_gather", "contiguous"),
+        ("block_sparse", "zigzag"),
+        ("block_sparse", "contiguous"),
+    ],
 )
 def test_replayed_processes_equal_one(emulation, qkv, way):
     unit = torch.finfo(torch.float64).eps
@@ -43,7 +49,7 @@ def test_replayed_processes_equal_one(emulation, qkv, way):
 
 
 def test_a_played_pass_gives_the_recorded_output_and_own_shapes(emulation, qkv):
-    for way in (("all_gather", "zigzag"), ("block_sparse", "zigzag")):
+    for way in (("all_gather", "zigzag"), ("all_gather", "contiguous"), ("block_sparse", "zigzag")):
         replay = emulation.Replay(4)
         layer = emulation.Layer(qkv, BOUNDS, 2, way, replay, **WINDOWS)
         recorded = replay.record(lambda layer=layer: layer.forward(layer.inputs()).detach())

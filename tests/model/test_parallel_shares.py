@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from phsa_megatron.config.activations import element_bytes, own_tokens
 from phsa_megatron.config.derive import derive
@@ -40,6 +41,12 @@ TP2, SP, CP2 = (
 LAYOUTS = {"tp2": TP2, "tp2_sp": TP2 | SP, "cp2": CP2, "tp2_cp2": TP2 | CP2, "tp2_cp2_sp": TP2 | CP2 | SP}
 
 
+GATHERS_AND_SCATTERS = {
+    "_allgather_base_", "_reduce_scatter_base_", "allgather_into_tensor_coalesced_",
+    "reduce_scatter_tensor_coalesced_",
+}  # fmt: skip
+
+
 class SentBytes(TorchDispatchMode):
     """Counts what this process has to send in collectives, and how many there are.
 
@@ -53,12 +60,14 @@ class SentBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
-            tensors = [args[0], args[1]] if name.endswith("_base_") else [args[0][0], args[0][0]]
-            big, small = sorted((t.numel() * t.element_size() for t in tensors), reverse=True)
+            sides = args[:2] if name.endswith(("_base_", "_coalesced_")) else [args[0][0], args[0][0]]
+            small, big = sorted(
+                sum(t.numel() * t.element_size() for t in tree_leaves(side)) for side in sides
+            )
             if name == "allreduce_":
                 num_bytes = 2 * big * (self.tensor_size - 1) / self.tensor_size
             else:
-                assert name in ("_allgather_base_", "_reduce_scatter_base_"), name
+                assert name in GATHERS_AND_SCATTERS, name
                 num_bytes = big - small
             self.num_bytes += num_bytes
             self.messages += num_bytes > 0

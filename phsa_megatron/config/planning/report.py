@@ -21,6 +21,8 @@ ASSUMPTIONS = (
     "every sequence is one document, which is the most work for attention",
     "ranks are laid out tensor, context, data, pipeline; a group over several hosts uses all its adapters",
     "context-parallel processes have equal work, 1/CP of a sequence's at measured speed; of heads, 1/TP",
+    "they move keys of others and their gradients at the speed of a copy, and choose every block if they "
+    "choose as many times",
     "tensor-parallel communication is exposed; keys and values arrive while the selection computes",
     "with overlap, gradients leave during the last backward pass and weights arrive during the first "
     "forward pass, but for one layer's; what is sent between stages is hidden with virtual stages only, the "

@@ -12,15 +12,23 @@ from phsa_megatron.config.activations import element_bytes, head_widths, own_tok
 from phsa_megatron.config.derive import data_parallel_size, micro_batches_per_step
 from phsa_megatron.config.flops import ParameterCount, expert_weights, layer_product_weights
 from phsa_megatron.config.memory import stage_parameters
-from phsa_megatron.config.planning.attention_time import AttentionTime, attention_time, table
+from phsa_megatron.config.planning.attention_time import AttentionTime, table
 from phsa_megatron.config.planning.communication import (
     Communication,
     Traffic,
     communication,
     recomputes_attention,
 )
+from phsa_megatron.config.planning.context_time import process_attention
 from phsa_megatron.config.planning.machine import Machine
-from phsa_megatron.config.schema import AttentionKind, Elementwise, Loss, Recompute, TrainConfig
+from phsa_megatron.config.schema import (
+    AttentionKind,
+    ContextExchange,
+    Elementwise,
+    Loss,
+    Recompute,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class StepTime:
 
     Attributes:
         products_s: matrix products outside of attention.
-        attention_s: pooling, selection and attention.
+        attention_s: pooling, selection and attention, and copies of keys under context parallelism.
         elementwise_s: norms, RoPE, SwiGLU, residuals, softmax of the loss.
         recompute_s: what is computed a second time.
         host_s: waiting for Python where a layer is smaller than its launches.
@@ -85,7 +93,7 @@ def step_time(
 ) -> StepTime:
     """Return the predicted time of a step of this run."""
     parallel, micro_batches = config.parallel, micro_batches_per_step(config)
-    attention = attention_time(config)
+    attention = process_attention(config, machine)
     sent = communication(config, parameters, padded_vocab)
     forward, backward = (
         _layer(config, machine, attention, backward=False),
@@ -218,13 +226,16 @@ def _exposed(
     """Return the seconds of a step in which a GPU waits for the network.
 
     Tensor-parallel communication and everything that selection or a product needs at once is exposed. Keys
-    and values arrive while the selection computes. With overlap, gradients leave during the last backward
-    pass and weights arrive during the first forward pass, but for one layer's. Virtual stages hide what is
-    sent between stages, not the start of each send.
+    and values arrive while the selection computes, if all are gathered. With overlap, gradients leave during
+    the last backward pass and weights arrive during the first forward pass, but for one layer's. Virtual
+    stages hide what is sent between stages, not the start of each send.
     """
     parallel = config.parallel
     runs = layers * micro_batches_per_step(config) * (2 if recomputes_attention(config) else 1)
-    keys_and_values = max(0.0, _seconds(machine, sent.context_kv) - runs * attention.select_ms / 1e3)
+    # Blocks that are needed are known, and sent, after selection.
+    hides = parallel.context_exchange == ContextExchange.all_gather
+    hidden_s = runs * attention.select_ms / 1e3 if hides else 0.0
+    keys_and_values = max(0.0, _seconds(machine, sent.context_kv) - hidden_s)
     gradients, weights = _seconds(machine, sent.gradients), _seconds(machine, sent.weights)
     if parallel.overlap_grad_reduce:
         gradients = max(gradients / layers, gradients - layers * layer_backward_s)
