@@ -23,8 +23,9 @@ class ContextCopies:
     Attributes:
         forward_bytes: own keys and pooled keys brought into order, and keys and values of all.
         backward_bytes: their gradients on the way back.
-        gradient_bytes: of the kernels of dK and dV, for keys of others: all gradients are written, and read
-            and written again, and their keys read, where one of the own queries chose the block.
+        gradient_bytes: of the kernels of dK and dV, for keys of others: all keys are read and all gradients
+            written, and both once more, with gradients read too, where one of the own queries chose the
+            block.
     """
 
     forward_bytes: float
@@ -61,7 +62,7 @@ def context_copies(config: TrainConfig) -> ContextCopies:
         forward += 4 * own + 4 * all_keys / m
         # Choices there are for each block; no more than one is needed to read and write it.
         chosen = min(1.0, m * attention.train_topk / size)
-        gradients = (1 - 1 / size) * 2 * all_keys + max(0.0, chosen - 1 / size) * 6 * all_keys
+        gradients = (1 - 1 / size) * 4 * all_keys + max(0.0, chosen - 1 / size) * 6 * all_keys
     if config.parallel.context_exchange != ContextExchange.all_gather:
         sparse, backward = _block_copies(own, all_keys, 4 / element_bytes(config))
         return ContextCopies(forward + sparse, backward, gradients)

@@ -154,20 +154,14 @@ def window_dkdv_kernel(
     if KEY_ROWS is not None:  # dk and dv lie as k and v do
         row_of_key = tl.load(KEY_ROWS + key, mask=key_ok, other=-1)
         key_ok = row_of_key >= 0
-    first, end = tl.load(TILE_ROWS + tile), tl.load(TILE_ROWS + num_tiles + tile)
-    # No row looks at most tiles of a context-parallel process: zeros are all that they need.
-    read = first < end
-    if INIT > 0:
-        last_doc = tl.load(TILE_DOCS + num_tiles + tile)
-        read = read | (tl.load(CU_SEQLENS + last_doc) + INIT > tile * BN)
-    load_ok = key_ok & read
-    k, v = load_keys(K, V, None, row_of_key, load_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
+    k, v = load_keys(K, V, None, row_of_key, key_ok, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     m = tl.arange(0, T * GROUP_PADDED)
     r = m % GROUP_PADDED
     head = kv_head * GROUP + r
     scale_log2 = scale * LOG2_E
+    first, end = tl.load(TILE_ROWS + tile), tl.load(TILE_ROWS + num_tiles + tile)
     # Whole steps of rows that see every key of the tile need no mask.
     inner = tl.minimum(tl.maximum(tl.load(TILE_ROWS + 2 * num_tiles + tile), first), end)
     inner_end = inner + tl.maximum(tl.load(TILE_ROWS + 3 * num_tiles + tile) - inner, 0) // T * T

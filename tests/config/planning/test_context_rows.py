@@ -46,7 +46,6 @@ def copies_of_ccf90f9(config) -> ContextCopies:
     all_keys = size * own
     # Own keys joined and put in slots, keys and values joined; pooled keys joined, ordered and cleared.
     forward = 8 * own + 6 * all_keys / attention.block_tokens
-    # The window kernel read the keys of every tile.
     chosen = min(1.0, attention.block_tokens * attention.train_topk / size)
     gradients = (1 - 1 / size) * 4 * all_keys + (chosen - 1 / size) * 6 * all_keys
     if config.parallel.context_exchange == ContextExchange.all_gather:
@@ -121,9 +120,9 @@ def test_by_hand_at_128k_of_eight_processes():
     assert copies.forward_bytes == 4 * all_keys / 8 + 4 * all_keys / 16 + 2 * all_keys
     assert copies.backward_bytes == 2 * all_keys
     # 16,384 queries choose two of 8,192 blocks: four choices a block, all taken to be different.
-    assert copies.gradient_bytes == 7 / 8 * (2 + 6) * all_keys
+    assert copies.gradient_bytes == 7 / 8 * (4 + 6) * all_keys
     few = context_copies(planned((16, 8), 1, 131072, 64))
-    assert few.gradient_bytes == 63 / 64 * 2 * all_keys + (16 / 64 - 1 / 64) * 6 * all_keys
+    assert few.gradient_bytes == 63 / 64 * 4 * all_keys + (16 / 64 - 1 / 64) * 6 * all_keys
     contiguous = planned((16, 8), 2, 131072, 8, sharding=ContextSharding.contiguous.value)
     assert context_copies(contiguous).backward_bytes == 0
 
