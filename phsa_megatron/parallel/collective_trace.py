@@ -143,8 +143,13 @@ def _watched(result: Any) -> Any:
 
 
 def _heard(call: Callable[[], Any]) -> Any:
+    """Return what a wait returns; until then the last collective has not."""
     listener = _Last.listener if _Last.depth == 0 else None
-    return call() if listener is None else listener.timed(call)
+    _Last.depth += 1
+    try:
+        return call() if listener is None else listener.timed(call)
+    finally:
+        _Last.depth -= 1
 
 
 def _coalesced(original: Callable[..., Any]) -> Callable[..., Any]:
