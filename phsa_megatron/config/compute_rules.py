@@ -20,25 +20,29 @@ def _chunked_loss(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _compiled(config: TrainConfig) -> Iterator[str]:
-    if config.compute.elementwise == Elementwise.compiled and config.cluster.device == Device.cpu:
+def _needs_gpu(config: TrainConfig, name: str, why: str, instead: object) -> Iterator[str]:
+    """Refuse the value of a setting of `compute` on the CPU; `instead` is what works there."""
+    if config.cluster.device == Device.cpu:
         yield broken(
-            "compute.elementwise",
-            config.compute.elementwise,
-            "nothing is compiled on the CPU (cluster.device=cpu)",
-            "set compute.elementwise=unfused, or cluster.device=cuda",
+            f"compute.{name}",
+            getattr(config.compute, name),
+            f"{why} (cluster.device=cpu)",
+            f"set compute.{name}={instead}, or cluster.device=cuda",
+        )
+
+
+def _compiled(config: TrainConfig) -> Iterator[str]:
+    if config.compute.elementwise == Elementwise.compiled:
+        yield from _needs_gpu(
+            config, "elementwise", "nothing is compiled on the CPU", Elementwise.unfused.value
         )
 
 
 def _norm(config: TrainConfig) -> Iterator[str]:
-    if config.compute.norm == Norm.triton and config.cluster.device == Device.cpu:
-        yield broken(
-            "compute.norm",
-            config.compute.norm,
-            "Triton's kernels need a GPU (cluster.device=cpu)",
-            "set compute.norm=torch, or cluster.device=cuda",
-        )
-    elif config.compute.norm == Norm.triton and config.compute.layers == Layers.transformer_engine:
+    if config.compute.norm != Norm.triton:
+        return
+    yield from _needs_gpu(config, "norm", "Triton's kernels need a GPU", Norm.torch.value)
+    if config.compute.layers == Layers.transformer_engine:
         yield broken(
             "compute.norm",
             config.compute.norm,
@@ -80,14 +84,10 @@ def _fp8(config: TrainConfig) -> Iterator[str]:
 
 
 def _transformer_engine(config: TrainConfig) -> Iterator[str]:
-    if config.compute.layers == Layers.transformer_engine and config.cluster.device == Device.cpu:
-        yield broken(
-            "compute.layers",
-            config.compute.layers,
-            "Transformer Engine needs a GPU (cluster.device=cpu)",
-            "set compute.layers=local, or cluster.device=cuda",
-        )
-    elif config.compute.layers == Layers.transformer_engine and learned_selector(config.attention):
+    if config.compute.layers != Layers.transformer_engine:
+        return
+    yield from _needs_gpu(config, "layers", "Transformer Engine needs a GPU", Layers.local.value)
+    if learned_selector(config.attention):
         yield broken(
             "compute.layers",
             config.compute.layers,
@@ -98,13 +98,9 @@ def _transformer_engine(config: TrainConfig) -> Iterator[str]:
 
 
 def _fused_weight_gradient(config: TrainConfig) -> Iterator[str]:
-    if config.compute.fused_weight_gradient and config.cluster.device == Device.cpu:
-        yield broken(
-            "compute.fused_weight_gradient",
-            True,
-            "apex adds weight gradients to their sums on a GPU (cluster.device=cpu)",
-            "set compute.fused_weight_gradient=false, or cluster.device=cuda",
-        )
+    if config.compute.fused_weight_gradient:
+        why = "apex adds weight gradients to their sums on a GPU"
+        yield from _needs_gpu(config, "fused_weight_gradient", why, "false")
 
 
 COMPUTE_RULES: tuple[Rule, ...] = (
