@@ -48,6 +48,8 @@ def install(*, hide_gpu: bool = False) -> bool:
     global _installed_mode
     if _installed_mode is not None:
         return True
+    if not hide_gpu and torch.cuda.is_available():
+        return False
     if "megatron.core" in sys.modules:
         raise RuntimeError(
             "cpu_shim.install() came after `import megatron.core`: megatron copies torch names when it is "
@@ -57,8 +59,8 @@ def install(*, hide_gpu: bool = False) -> bool:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise RuntimeError("cpu_shim.install(hide_gpu=True) came after CUDA was used in this process")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if torch.cuda.is_available():
-        return False
+        if torch.cuda.is_available():
+            raise RuntimeError("cpu_shim.install(hide_gpu=True) came after CUDA was looked for in this process")
     os.environ.update(_ENVIRONMENT)
     mcore.hide_known_notices()
     _installed_mode = _CudaMeansCpu()

@@ -62,3 +62,23 @@ def test_cuda_random_state_is_the_cpu_generator():
 @needs_shim
 def test_hiding_gpus_after_installation_keeps_the_shim():
     assert cpu_shim.install(hide_gpu=True)
+
+
+def test_with_cuda_it_may_be_asked_for_at_any_time():
+    asked = (
+        "import sys, torch\ntorch.cuda.is_available = lambda: True\n"
+        "from phsa_megatron.parallel import cpu_shim\nassert not cpu_shim.install()\n"
+        "import megatron.core\nassert not cpu_shim.install() and not cpu_shim.is_installed()\n"
+    )
+    late = _run(asked)
+    assert late.returncode == 0, late.stderr
+    hidden_too_late = _run(asked + "cpu_shim.install(hide_gpu=True)\n")
+    assert "came after `import megatron.core`" in hidden_too_late.stderr
+
+
+def test_a_gpu_that_cannot_be_hidden_any_more_is_said():
+    late = _run(
+        "import torch\ntorch.cuda.is_available = lambda: True\n"
+        "from phsa_megatron.parallel import cpu_shim\ncpu_shim.install(hide_gpu=True)\n"
+    )
+    assert "came after CUDA was looked for" in late.stderr
