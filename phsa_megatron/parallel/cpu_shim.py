@@ -60,7 +60,9 @@ def install(*, hide_gpu: bool = False) -> bool:
             raise RuntimeError("cpu_shim.install(hide_gpu=True) came after CUDA was used in this process")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if torch.cuda.is_available():
-            raise RuntimeError("cpu_shim.install(hide_gpu=True) came after CUDA was looked for in this process")
+            raise RuntimeError(
+                "cpu_shim.install(hide_gpu=True) came after CUDA was looked for in this process"
+            )
     os.environ.update(_ENVIRONMENT)
     mcore.hide_known_notices()
     _installed_mode = _CudaMeansCpu()
