@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from phsa_megatron.config.graph_rules import cuda_graphs
 from phsa_megatron.config.rule_messages import Rule, broken
 from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute, TrainConfig
 from phsa_megatron.config.selector_kinds import learned_selector
@@ -111,5 +112,6 @@ COMPUTE_RULES: tuple[Rule, ...] = (
     _fp8,
     _transformer_engine,
     _fused_weight_gradient,
+    cuda_graphs,
 )
 """All of them, in the order of their messages."""

@@ -143,6 +143,7 @@ RULES: dict[str, ResumeRule] = {
     "compute.loss_chunk_tokens": _ROUNDING,
     "compute.elementwise": _ROUNDING,
     "compute.norm": _ROUNDING,
+    "compute.cuda_graphs": ResumeRule(True, "the same kernels in the same order: not a bit changes"),
     "compute.adam": _ROUNDING,
     "compute.fused_weight_gradient": _ROUNDING,
     "compute.layers": ResumeRule(False, "the norms' weights have other names in the checkpoint"),

@@ -24,6 +24,7 @@ from phsa_megatron.config.schema_cluster import Device as Device
 from phsa_megatron.config.schema_cluster import Scheduler as Scheduler
 from phsa_megatron.config.schema_compute import Adam as Adam
 from phsa_megatron.config.schema_compute import ComputeConfig as ComputeConfig
+from phsa_megatron.config.schema_compute import CudaGraphs as CudaGraphs
 from phsa_megatron.config.schema_compute import Elementwise as Elementwise
 from phsa_megatron.config.schema_compute import Fp8 as Fp8
 from phsa_megatron.config.schema_compute import Layers as Layers

@@ -43,6 +43,13 @@ class Layers(StrEnum):
     transformer_engine = "transformer_engine"
 
 
+class CudaGraphs(StrEnum):
+    """What is recorded once and replayed by one launch."""
+
+    none = "none"
+    micro_batch = "micro_batch"
+
+
 class Fp8(StrEnum):
     """Scaling recipe of FP8 linear layers."""
 
@@ -77,3 +84,7 @@ class ComputeConfig:
     norms inside the products, with the same attention in them."""
     fp8: Fp8 = Fp8.none
     """Linear layers in FP8 with this scaling recipe; needs layers=transformer_engine."""
+    cuda_graphs: CudaGraphs = CudaGraphs.none
+    """micro_batch: forward and backward pass of a micro-batch are recorded as CUDA graphs and replayed, so
+    that the host need not launch every kernel; the same kernels, to the last bit. For one model copy a device
+    without recomputation, for PHSA by Triton or dense attention over whole sequences; refused elsewhere."""

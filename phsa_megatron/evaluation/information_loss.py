@@ -41,10 +41,11 @@ from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.evaluation import plots
 from phsa_megatron.parallel.groups import Groups, initialize
 from phsa_megatron.training.checkpoint import Checkpointer
+from phsa_megatron.training.forward_step import ForwardStep
 from phsa_megatron.training.information import new_recorder
 from phsa_megatron.training.optimizer import Parts, build_parts
 from phsa_megatron.training.replay import single_process
-from phsa_megatron.training.step import ForwardStep, forward_backward
+from phsa_megatron.training.step import forward_backward
 from phsa_megatron.training.weights import find_checkpoint
 
 

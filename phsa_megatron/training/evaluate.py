@@ -18,9 +18,10 @@ from phsa_megatron.config.schema import AttentionKind, TrainConfig
 from phsa_megatron.data.batches import Batch, BatchReader
 from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training.forward_step import ForwardStep
 from phsa_megatron.training.optimizer import Parts
 from phsa_megatron.training.state import capture_rng, restore_rng
-from phsa_megatron.training.step import ForwardStep, forward_backward
+from phsa_megatron.training.step import forward_backward
 
 CHOICE_METRIC = "attention/frac_queries_with_more_candidates_than_k"
 SHAPE_METRICS = (

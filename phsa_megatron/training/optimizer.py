@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from phsa_megatron.config.derive import Derived, derive
 from phsa_megatron.config.errors import TrainingError
-from phsa_megatron.config.schema import Dtype, LrSchedule, TrainConfig
+from phsa_megatron.config.schema import CudaGraphs, Dtype, LrSchedule, TrainConfig
 from phsa_megatron.model.factory import build_model
 from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training import group_step_adam
+from phsa_megatron.training.micro_batch_graph import MicroBatchGraph
 
 _DECAY_STYLE = {LrSchedule.wsd: "WSD", LrSchedule.cosine: "cosine"}
 
@@ -43,6 +44,8 @@ class Parts:
     """The run."""
     derived: Derived
     """Values that follow from it."""
+    graph: MicroBatchGraph | None = None
+    """Replays the passes of training steps, with `compute.cuda_graphs`."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -129,17 +132,20 @@ def build_parts(config: TrainConfig, groups: Groups) -> Parts:
         overlap_param_gather=config.parallel.overlap_param_gather,
         check_for_nan_in_grad=False,  # step.py looks before the weights change, and says more
     )
-    model = [
-        DistributedDataParallel(
-            chunk.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.collection
-        )
-        for i, chunk in enumerate(chunks)
-    ]
+    graph = MicroBatchGraph(groups.device) if config.compute.cuda_graphs == CudaGraphs.micro_batch else None
+    with graph.on_own_stream() if graph else nullcontext():
+        model = [
+            DistributedDataParallel(
+                chunk.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups.collection
+            )
+            for i, chunk in enumerate(chunks)
+        ]
     _connect_schedules(config, model)
     optimizer = get_megatron_optimizer(
         optimizer_config(config), model, use_gloo_process_groups=False, pg_collection=groups.collection
     )
-    return Parts(model, optimizer, build_scheduler(config, optimizer), groups, config, derive(config))
+    scheduler = build_scheduler(config, optimizer)
+    return Parts(model, optimizer, scheduler, groups, config, derive(config), graph)
 
 
 def optimizer_config(config: TrainConfig) -> OptimizerConfig:

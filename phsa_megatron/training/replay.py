@@ -35,12 +35,12 @@ from phsa_megatron.monitoring.recorder import environment
 from phsa_megatron.parallel.groups import Groups, initialize
 from phsa_megatron.training.checkpoint import Checkpointer
 from phsa_megatron.training.faults import VARIABLE, Faults
+from phsa_megatron.training.forward_step import ForwardStep
 from phsa_megatron.training.optimizer import Parts, build_parts, set_hyperparameters
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.run import Run, punctuation_table
 from phsa_megatron.training.state import TrainState, restore_rng
 from phsa_megatron.training.step import (
-    ForwardStep,
     NonFiniteStepError,
     forward_backward,
     mean_loss,

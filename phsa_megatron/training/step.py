@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from torch import Tensor
 from phsa_megatron.attention.added_losses import AddedLosses
 from phsa_megatron.attention.max_logit import MaxLogitRecorder
 from phsa_megatron.attention.punctuation import PunctuationTable
-from phsa_megatron.attention.side_info import SelectionListener, SideInfo
+from phsa_megatron.attention.side_info import SelectionListener
 from phsa_megatron.config.errors import TrainingError
 from phsa_megatron.config.schema import TrainConfig
 from phsa_megatron.config.skip_list import number_at, skipped_ranges
-from phsa_megatron.config.topk_schedule import step_topk
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.groups import Groups
+from phsa_megatron.training.forward_step import ForwardStep
 from phsa_megatron.training.optimizer import Parts, set_hyperparameters
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.state import TrainState
@@ -117,124 +115,6 @@ def micro_batch_starts(config: TrainConfig, groups: Groups, consumed_sequences: 
     ]
 
 
-@dataclass(frozen=True)
-class ForwardStep:
-    """Takes a micro-batch through a model chunk: the `forward_step_func` of megatron's schedules.
-
-    Attributes:
-        config: the run.
-        table: punctuation flags, on the device of the model.
-        topk: selected blocks per query.
-        groups: of this process; the model sees its part of every sequence, side information is whole.
-        recorder: collects selection statistics, in evaluation.
-        poisoned: an injected fault: multiply the loss by NaN.
-        progress: told when a micro-batch goes forward and when it turns back.
-        layer_topk: selected blocks per query of each layer, if they differ.
-        is_dense: full causal attention in every layer.
-        losses: collects the losses that layers add, in training.
-        logits: sees queries and keys, in a step of training that measures the largest logit.
-    """
-
-    config: TrainConfig
-    table: PunctuationTable
-    topk: int
-    groups: Groups
-    recorder: SelectionListener | None = None
-    poisoned: bool = False
-    progress: Progress | None = None
-    layer_topk: tuple[int, ...] = ()
-    is_dense: bool = False
-    losses: AddedLosses | None = None
-    logits: MaxLogitRecorder | None = None
-
-    @classmethod
-    def of_step(
-        cls,
-        config: TrainConfig,
-        table: PunctuationTable,
-        groups: Groups,
-        step: int,
-        *,
-        poisoned: bool = False,
-        progress: Progress | None = None,
-        recorder: SelectionListener | None = None,
-        logits: MaxLogitRecorder | None = None,
-    ) -> ForwardStep:
-        """Returns the forward pass of a step of training, with what its schedule selects."""
-        chosen = step_topk(config, step)
-        return cls(
-            config,
-            table,
-            chosen.topk,
-            groups,
-            recorder,
-            poisoned,
-            progress,
-            chosen.by_layer,
-            chosen.is_dense,
-            AddedLosses.of(config),
-            logits,
-        )
-
-    def __call__(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        """Returns the chunk's output and the function that turns the last stage's output into the loss."""
-        if self.progress is not None:
-            self.progress.enter("forward")
-        batch = next(batches)
-        device, part = self.groups.device, self.groups.own_part
-        tokens, cu_seqlens = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.cu_seqlens))
-        own_tokens, labels, loss_mask, position_ids = (
-            part(x).to(device, non_blocking=True)
-            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
-        )
-        # Fresh for each micro-batch and each chunk: layers recompute from what their own call captured.
-        side_info = SideInfo.build(
-            tokens,
-            cu_seqlens,
-            self.table,
-            self.config.attention,
-            self.topk,
-            self.recorder,
-            self.layer_topk,
-            self.is_dense,
-            self.losses,
-            host_cu_seqlens=batch.cu_seqlens,
-            logits=self.logits,
-        )
-        num_depths = self.config.model.mtp_num_layers
-        output = model(
-            own_tokens,
-            position_ids,
-            None,
-            labels=labels,
-            loss_mask=side_info.mtp_loss_mask(loss_mask, num_depths) if num_depths else loss_mask,
-            packed_seq_params=side_info,
-        )
-        if self.progress is not None:
-            self.progress.enter("backward")
-        return output, partial(self._loss, loss_mask)
-
-    def _loss(self, loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums the losses of a micro-batch.
-
-        Args:
-            loss_mask: fp32 [b, S / CP].
-            losses: nats per token, [b, S / CP].
-
-        Returns:
-            The sum to differentiate (fp32), the number of tokens (int32; megatron divides gradients by its
-            sum over micro-batches, data-parallel and context-parallel processes), and fp64 [2, b]: nats and
-            tokens of this process's part of each sequence.
-        """
-        losses = losses.float().view_as(loss_mask)
-        if self.poisoned:
-            losses = losses * math.nan
-        # A position without loss stays out even where its loss is infinite.
-        counted = torch.where(loss_mask > 0, losses * loss_mask, 0.0)
-        rows = torch.stack([counted.detach().double().sum(dim=1), loss_mask.double().sum(dim=1)])
-        return counted.sum(), loss_mask.sum().to(torch.int32), rows
-
-
 def forward_backward(
     parts: Parts, batches: list[Batch], forward_step: ForwardStep, *, forward_only: bool
 ) -> list[Tensor]:
@@ -245,6 +125,8 @@ def forward_backward(
         each sequence. Elsewhere nothing. Unless `forward_only`, gradients are summed, reduced and divided
         by the number of tokens.
     """
+    if parts.graph is not None:
+        parts.graph.release()
     rows: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         # One iterator a chunk: with virtual stages each chunk goes through all micro-batches.
@@ -296,7 +178,10 @@ def train_step(
         logits=logits,
     )
     parts.zero_grad()
-    rows = forward_backward(parts, batches, forward_step, forward_only=False)
+    if parts.graph is not None and parts.graph.serves(forward_step):
+        rows = parts.graph.run(parts.model[0], batches, forward_step)
+    else:
+        rows = forward_backward(parts, batches, forward_step, forward_only=False)
     progress.enter("optimizer")
     if progress.faults.happens("nan_grad", step):
         poison_gradient(parts)

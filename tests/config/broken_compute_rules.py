@@ -1,6 +1,19 @@
 """The part of `broken_rules.py` on `compute` and recomputation."""
 
-from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute
+from phsa_megatron.config.schema import (
+    AttentionKind,
+    CudaGraphs,
+    Device,
+    Elementwise,
+    Fp8,
+    KernelImpl,
+    Layers,
+    Loss,
+    Norm,
+    Recompute,
+    Selector,
+    TopkSchedule,
+)
 
 BROKEN_COMPUTE = [
     (
@@ -52,4 +65,38 @@ BROKEN_COMPUTE = [
         {"compute.fused_weight_gradient": True},
         ["compute.fused_weight_gradient=True", "apex", "cluster.device=cuda"],
     ),
+]
+
+_GRAPHS = {
+    "compute.cuda_graphs": CudaGraphs.micro_batch,
+    "compute.loss": Loss.chunked,
+    "cluster.device": Device.cuda,
+    "attention.impl": KernelImpl.triton,
+}
+BROKEN_COMPUTE += [
+    ("cuda_graphs", _GRAPHS | settings, ["compute.cuda_graphs=micro_batch", *words])
+    for settings, words in (
+        (
+            {"cluster.device": Device.cpu, "attention.impl": KernelImpl.reference},
+            ["graphs are CUDA's", "set cluster.device=cuda, or compute.cuda_graphs=none"],
+        ),
+        ({"parallel.overlap_grad_reduce": True}, ["no communication", "overlap_grad_reduce to false"]),
+        (
+            {"parallel.context_size": 2, "cluster.processes_per_node": 2},
+            ["no communication (parallel.context_size=2)", "sizes to 1"],
+        ),
+        ({"parallel.recompute": Recompute.mlp}, ["parallel.recompute=mlp", "set parallel.recompute=none"]),
+        ({"compute.loss": Loss.whole}, ["compute.loss=whole", "set compute.loss=chunked"]),
+        ({"compute.fused_weight_gradient": True}, ["compute.fused_weight_gradient=True", "=false"]),
+        ({"model.num_experts": 4}, ["model.num_experts=4", "set both to 0"]),
+        (
+            {"attention.topk_schedule": TopkSchedule.random_step, "attention.topk_choices": [1, 2]},
+            ["topk_schedule=random_step", "constant or anneal"],
+        ),
+        ({"attention.kind": AttentionKind.dense}, ["one by one", "set data.isolate_documents=false"]),
+        (
+            {"attention.selector": Selector.halves, "attention.select_impl": KernelImpl.reference},
+            ["selector=halves", "attention.impl=triton"],
+        ),
+    )
 ]

@@ -9,7 +9,7 @@ from phsa_megatron.config.schema import Dtype, Loss
 from phsa_megatron.model import chunked_loss
 from phsa_megatron.model.chunked_loss import ChunkedLossGPT, linear_cross_entropy
 from phsa_megatron.model.factory import build_model
-from phsa_megatron.training.step import ForwardStep
+from phsa_megatron.training.forward_step import ForwardStep
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 90
 
@@ -121,7 +121,7 @@ def test_a_model_trains_with_the_same_gradients(tiny_config, single_process_grou
             loss_mask=mask,
             packed_seq_params=batch.side_info(config),
         )
-        total, _, _ = ForwardStep._loss(_Plain(), mask, losses)
+        total, _, _ = ForwardStep.loss(_Plain(), mask, losses)
         total.backward()
         found[loss] = [losses.detach(), *(p.grad for p in model.parameters())]
     bound = 1e-5 if dtype == Dtype.fp32 else 2e-2  # bf16 gradients are rounded in each layer

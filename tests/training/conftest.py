@@ -27,6 +27,7 @@ from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.parallel.groups import Groups, initialize
 from phsa_megatron.training.loop import Outcome, train
+from tests.training.bench import Bench
 
 EOD = "<|endoftext|>"
 WORDS = ["the", "a", "cat", "dog", "sun,", "moon.", "river!", "stone;", "bird?", "over", "under"]
@@ -152,6 +153,19 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         for key, value in overrides.items():
             OmegaConf.update(tree, key, value)
         return to_config(tree)
+
+    return make
+
+
+@pytest.fixture
+def bench(
+    tiny_config: Callable[..., TrainConfig], open_groups: Callable[..., Groups]
+) -> Callable[..., Bench]:
+    """Makes benches: `bench(**{"run.dtype": "bf16"})`."""
+
+    def make(**overrides: Any) -> Bench:
+        config = tiny_config(**overrides)
+        return Bench(config, open_groups(config))
 
     return make
 

@@ -13,9 +13,10 @@ from phsa_megatron.data.batches import BatchReader
 from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.training import replay as replay_module
 from phsa_megatron.training.faults import VARIABLE
+from phsa_megatron.training.forward_step import ForwardStep
 from phsa_megatron.training.optimizer import build_parts
 from phsa_megatron.training.run import punctuation_table
-from phsa_megatron.training.step import ForwardStep, forward_backward
+from phsa_megatron.training.step import forward_backward
 
 
 def _files(folder):

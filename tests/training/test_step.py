@@ -3,65 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phsa_megatron.data.batches import BatchReader
-from phsa_megatron.data.tokenizer import Tokenizer
 from phsa_megatron.training.faults import VARIABLE, Faults
-from phsa_megatron.training.optimizer import build_parts
-from phsa_megatron.training.progress import Progress
-from phsa_megatron.training.run import punctuation_table
 from phsa_megatron.training.state import TrainState
-from phsa_megatron.training.step import NonFiniteStepError, micro_batch_starts, train_step
-
-
-class Bench:
-    """A model and its data, stepped by hand."""
-
-    def __init__(self, config, groups):
-        self.parts = build_parts(config, groups)
-        tokenizer = Tokenizer.from_file(config.data.tokenizer_file, config.data.eod_token)
-        self.reader = BatchReader(config, "train", tokenizer)
-        self.table = punctuation_table(config, tokenizer, groups)
-        self.state = TrainState()
-        self.config, self.groups = config, groups
-
-    def batches(self):
-        starts = micro_batch_starts(self.config, self.groups, self.state.consumed_sequences)
-        return [self.reader.micro_batch(first, self.config.optim.micro_batch_sequences) for first in starts]
-
-    def step(self, faults=None):
-        return train_step(
-            self.parts, self.batches(), self.table, self.state, Progress(faults=faults or Faults())
-        )
-
-    def snapshot(self):
-        weights = [p.detach().clone() for _, p in self.parts.named_parameters()]
-        masters = [p.detach().clone() for g in self.parts.optimizer.param_groups for p in g["params"]]
-        (optimizer,) = self.parts.optimizer.chained_optimizers
-        moments = [
-            state[key].clone()
-            for state in optimizer.optimizer.state.values()
-            for key in ("exp_avg", "exp_avg_sq")
-        ]
-        counters = [g.get("step") for g in optimizer.optimizer.param_groups]
-        return weights + masters + moments, counters
-
-
-def _same(first, second):
-    (tensors, counters), (other_tensors, other_counters) = first, second
-    return (
-        len(tensors) == len(other_tensors)
-        and all(torch.equal(a, b) for a, b in zip(tensors, other_tensors, strict=True))
-        and counters == other_counters
-    )
-
-
-@pytest.fixture
-def bench(tiny_config, open_groups):
-    def make(**overrides):
-        config = tiny_config(**overrides)
-        return Bench(config, open_groups(config))
-
-    return make
+from phsa_megatron.training.step import NonFiniteStepError, micro_batch_starts
+from tests.training.bench import same
 
 
 def test_accumulation_equals_one_large_micro_batch(bench):
@@ -123,13 +68,13 @@ def test_a_step_that_is_not_finite_changes_no_bit(bench, monkeypatch, fault, dty
     monkeypatch.setenv(VARIABLE, f"{fault}@step=3")
     with pytest.raises(NonFiniteStepError) as caught:
         made.step(Faults.from_environment(rank=0))
-    assert _same(made.snapshot(), before)
+    assert same(made.snapshot(), before)
     assert made.state == state
     assert caught.value.step == 3
     assert caught.value.parameters[0]
     assert caught.value.sequences == ([8, 9, 10, 11] if fault == "nan_loss" else [])
     made.step()  # the fault is over: the same step works, and the comparison above can fail
-    assert not _same(made.snapshot(), before)
+    assert not same(made.snapshot(), before)
 
 
 def test_the_error_names_the_parameter_with_the_bad_gradient(bench, monkeypatch):
