@@ -7,7 +7,8 @@
   phsa-train claim-study page --out runs/claim --page docs/results/claim_study
 
 A unit is one attention at one seed, and its record is OUT/units/NAME-seedN.json. `run` goes through the units
-in the order of their worth; finished ones are kept, and one that was left goes on from its checkpoint.
+in the order of their worth; finished ones are kept, and one that was left goes on from its checkpoint. The
+same command started several times, on one GPU or on many, shares the units out.
 KEY=VALUE arguments go to every unit (recipe=phsa_34m_claim_1gpu_h100_bf16_4k if none is named).
 docs/claim_study.md has what it measures.
 """
@@ -15,6 +16,7 @@ docs/claim_study.md has what it measures.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from phsa_megatron.config.schema import AttentionKind
 from phsa_megatron.config.selector_kinds import EAGER_ONLY
 from phsa_megatron.evaluation.claim_study.measure import Measures, Questions, choice_fractions
 from phsa_megatron.evaluation.claim_study.texts import TextRequest, prepare_sets
-from phsa_megatron.evaluation.claim_study.unit_run import Heard, finished_record, run_unit
+from phsa_megatron.evaluation.claim_study.unit_run import Heard, claimed, finished_record, run_unit
 from phsa_megatron.evaluation.claim_study.units import (
     DEFAULT_RECIPE,
     TOPKS,
@@ -39,10 +41,9 @@ from phsa_megatron.evaluation.claim_study.units import (
     views_of,
 )
 
+_SETTING = re.compile(r"[a-z_]+(\.\w+)*=")
 _LEAST_CHOICE_FRAC = 0.5
 _LINE_EVERY_S = 20.0
-_USABLE_MINUTES_PER_SESSION = 26.0
-"""Of a machine that is lent for half an hour: the rest is start-up, transfers and the ends of commands."""
 
 
 def main(argv: list[str]) -> int:
@@ -102,12 +103,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     page.add_argument("--out", type=Path, default=Path("runs/claim"))
     page.add_argument("--page", type=Path, default=Path("docs/results/claim_study"), help="without an ending")
     page.set_defaults(run_command=_page)
-    # Settings may stand between options, which argparse alone does not take in a command of a command.
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(arguments, "overrides") or any("=" not in x or x[0] == "-" for x in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
+    # Settings may stand anywhere: argparse alone would take one after `--seeds 0` for a seed.
+    settings = [x for x in argv if _SETTING.match(x)] if argv[:1] in (["plan"], ["run"]) else []
+    arguments = parser.parse_args([x for x in argv if x not in settings])
+    if settings:
+        arguments.overrides += settings
     return arguments
 
 
@@ -178,11 +178,9 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"{unit.name:24} {derived.total_tokens:>12,} {flops:.3g} {derived.sparsity_last_token_frac:7.2%} "
             f"{by:9} {minutes:5.1f} {total:6.1f}"
         )
-    sessions = -(-total // _USABLE_MINUTES_PER_SESSION)
     console.print(
-        f"{len(units)} units, {total:.0f} minutes: {sessions:.0f} sessions of "
-        f"{_USABLE_MINUTES_PER_SESSION:.0f} usable minutes, at {arguments.tokens_per_s:,.0f} tokens/s and "
-        f"{arguments.evaluation_s:.0f} s a unit for start and evaluation"
+        f"{len(units)} units, {total:.0f} minutes of one process, at {arguments.tokens_per_s:,.0f} tokens/s "
+        f"and {arguments.evaluation_s:.0f} s a unit for start and evaluation"
     )
     return 0
 
@@ -203,19 +201,27 @@ def _run(arguments: argparse.Namespace) -> int:
     if not left:
         return 0
     questions = Questions(units[0].config, arguments.prepared, measures)
+    elsewhere = 0
     with _Bar(left, console) as bar:
         for unit in left:
             if should_leave():
                 break
-            bar.begin(unit)
-            # Views of a dense model are those of the variants of the study, not of what is left.
-            record = run_unit(arguments.out, unit, views_of(unit, units), questions, should_leave, bar.hear)
+            with claimed(arguments.out, unit) as mine:
+                if not mine or finished_record(arguments.out, unit, measures) is not None:
+                    elsewhere += 1
+                    bar.skip(unit)
+                    continue
+                bar.begin(unit)
+                # Views of a dense model are those of the variants of the study, not of what is left.
+                views = views_of(unit, units)
+                record = run_unit(arguments.out, unit, views, questions, should_leave, bar.hear)
             if record is None:
                 break
             took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
             bar.end(f"{unit.name}: {record['tokens']:,} tokens; {took}")
     done = sum(finished_record(arguments.out, unit, measures) is not None for unit in units)
-    print(f"claim-study: {done} of {len(units)} units are finished; the same command goes on")
+    by_others = f", {elsewhere} were taken by other processes" if elsewhere else ""
+    print(f"claim-study: {done} of {len(units)} units are finished{by_others}; the same command goes on")
     return 0
 
 
@@ -270,6 +276,11 @@ class _Bar:
     def begin(self, unit: Unit) -> None:
         """Shows a unit."""
         self._unit = unit
+
+    def skip(self, unit: Unit) -> None:
+        """Leaves a unit out of the sum, which another process trains."""
+        self._total -= tokens_of(unit)
+        self._bar.update(self._task, total=self._total)
 
     def hear(self, heard: Heard) -> None:
         """Shows how far the unit is."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ class Heard:
 def unit_file(out: Path, unit: Unit) -> Path:
     """Returns the file of a unit's record."""
     return out / "units" / f"{unit.name}.json"
+
+
+@contextmanager
+def claimed(out: Path, unit: Unit) -> Iterator[bool]:
+    """Holds a unit for this process, and yields whether it could: False if another process has it.
+
+    The claim ends with the process, however that ends.
+    """
+    path = out / "claims" / unit.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def finished_record(out: Path, unit: Unit, measures: Measures) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,7 @@ from phsa_megatron.data import demo
 from phsa_megatron.data.indexed import IndexedSource
 from phsa_megatron.data.manifest import FileRecord
 from phsa_megatron.evaluation.claim_study import command, texts
+from phsa_megatron.evaluation.claim_study.unit_run import claimed
 from phsa_megatron.evaluation.claim_study.units import make_units
 
 pytestmark = pytest.mark.slow
@@ -181,6 +184,32 @@ def test_finished_units_are_kept_and_other_settings_refused(prepared, out, capsy
     assert run(prepared, out) == 0
     with pytest.raises(TrainingError, match=r"other settings \(optim.lr\)"):
         run(prepared, out, "optim.lr=1e-3")
+
+
+def test_units_are_shared_out_among_processes(prepared, tmp_path, capsys):
+    """A process that finds a unit taken goes to the next, and one that ended holds nothing."""
+    names = ["mean_pool", "phsa_en_zh"]
+    first, second = make_units(names, [0], settings(prepared), tmp_path)
+    with claimed(tmp_path, first) as mine, claimed(tmp_path, second) as other:
+        assert mine and other
+        assert run(prepared, tmp_path, variants=names) == 0
+    said = capsys.readouterr().out
+    assert "0 of 2 units are finished, 2 were taken by other processes" in said
+    with claimed(tmp_path, first):
+        assert run(prepared, tmp_path, variants=names) == 0
+    assert [path.stem for path in (tmp_path / "units").iterdir()] == [second.name]
+    assert "1 of 2 units are finished, 1 were taken" in capsys.readouterr().out
+    code = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX); sys.exit(3)"
+    held = [sys.executable, "-c", code, str(tmp_path / "claims" / first.name)]
+    assert subprocess.run(held, check=False).returncode == 3
+    with claimed(tmp_path, first) as mine:
+        assert mine, "a claim ends with its process"
+
+
+def test_settings_may_stand_behind_a_list(prepared, tmp_path, capsys):
+    words = ["plan", "--seeds", "0", "1", *settings(prepared), "--tokens-per-s", "100"]
+    assert command.main([*words, "--variants", "dense", "mean_pool"]) == 0
+    assert "4 units" in capsys.readouterr().out
 
 
 def test_a_study_without_a_choice_is_refused(prepared, tmp_path):
