@@ -38,6 +38,10 @@ class KeyInfo(Protocol):
         """Return int32 [N + 1]: document boundaries over the b * T flattened keys."""
         ...
 
+    def block_rows(self, block_tokens: int) -> Tensor:
+        """Return int32 [N + 1]: the first pooled row of each document."""
+        ...
+
 
 @torch.no_grad()
 def choose_blocks(
@@ -73,6 +77,7 @@ def choose_blocks(
         attention,
         topk,
         softmax_scale,
+        side_info.block_rows(attention.block_tokens),
     )
 
 
@@ -88,6 +93,7 @@ def choose_blocks_by_weights(
     attention: AttentionConfig,
     topk: int,
     softmax_scale: float | None,
+    block_rows: Tensor | None = None,
 ) -> Tensor:
     """Return the chosen blocks, as `choose_blocks`, from what it reads of the side information.
 
@@ -106,6 +112,7 @@ def choose_blocks_by_weights(
         attention: see there.
         topk: see there.
         softmax_scale: see there.
+        block_rows: int32 [N + 1], first pooled row of each document, where it is known.
     """
     selector = attention.selector
     if selector in WITHOUT_SELECTION:
@@ -124,7 +131,7 @@ def choose_blocks_by_weights(
             pooled,
             q_pos,
             q_doc,
-            block_boundaries(cu_seqlens, attention.block_tokens),
+            block_boundaries(cu_seqlens, attention.block_tokens) if block_rows is None else block_rows,
             topk=topk,
             init_tokens=attention.init_tokens,
             local_tokens=attention.local_tokens,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phsa_kernels.api import attend, token_positions
+from phsa_kernels.api import attend, block_boundaries, token_positions
 from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.controls import branch_flags
 from phsa_megatron.attention.pool_weights import pool_weights
@@ -87,6 +87,10 @@ class CachedRows:
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return (position in its document, document index) of each key, both int32 [b * T]."""
         return self.key_pos, self.key_doc
+
+    def block_rows(self, block_tokens: int) -> Tensor:
+        """Return int32 [3 b + 1]: the first pooled row of each document."""
+        return block_boundaries(self.cu_seqlens, block_tokens)
 
     def of_queries(self) -> tuple[Tensor, Tensor]:
         """Return the same of each query, both int32 [b * Q]."""

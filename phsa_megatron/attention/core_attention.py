@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from phsa_kernels.api import attend, block_boundaries, select
+from phsa_kernels.api import attend, select
 from phsa_megatron.attention.added_losses import ALIGN
 from phsa_megatron.attention.block_choice import choose_blocks
 from phsa_megatron.attention.context_parallel import ContextShard
@@ -270,7 +270,7 @@ class PHSACoreAttention(_DocumentAttention):
             pooled,
             q_pos,
             q_doc,
-            block_boundaries(side_info.cu_seqlens, settings.block_tokens),
+            side_info.block_rows(settings.block_tokens),
             topk=side_info.topk_of(self.layer_number),
             group_score=settings.group_score.value,
             **self._windows(),

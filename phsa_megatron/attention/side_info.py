@@ -22,7 +22,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from phsa_kernels.api import token_positions
+from phsa_kernels.api import block_boundaries, token_positions
 from phsa_megatron.attention.controls import branch_flags
 from phsa_megatron.attention.kv_cache import PromptCache
 from phsa_megatron.attention.pool_weights import pool_weights
@@ -173,6 +173,12 @@ class SideInfo(PackedSeqParams):  # type: ignore[misc]
     def positions(self) -> tuple[Tensor, Tensor]:
         """Return (position in its document, document index), both int32 [b * S]."""
         return self.once("positions", lambda: token_positions(self.cu_seqlens, self.token_ids.numel()))
+
+    def block_rows(self, block_tokens: int) -> Tensor:
+        """Return int32 [N + 1]: the first pooled row of each document, the same for all layers."""
+        return self.once(
+            ("block_rows", block_tokens), lambda: block_boundaries(self.cu_seqlens, block_tokens)
+        )
 
     def document_bounds(self) -> list[tuple[int, int]]:
         """Return (first, past the last) flattened token of every document that has any, on the host.

@@ -11,6 +11,7 @@ compiled one are slower still (docs/results/h100_training.md, "Norms and SwiGLU 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,11 +129,13 @@ def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (heads, strides[0] if strides else 0, x.stride(-2) if x.dim() > 2 else 0)
 
 
+@cache
 def _sizes(width: int) -> dict[str, int]:
     padded = triton.next_power_of_2(width)
     return {"N": width, "P": padded, "B": max(1, _TILE_NUMBERS // padded)}
 
 
+@cache
 def _programs(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter
         return 3

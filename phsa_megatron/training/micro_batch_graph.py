@@ -77,6 +77,7 @@ class MicroBatchGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._config: Any = None
         self._warm: set[Any] = set()
         self._key: Any = None
         self._inputs: Inputs | None = None
@@ -114,6 +115,10 @@ class MicroBatchGraph:
         Returns:
             fp64 [2, b] of each: nats and tokens of each sequence. Gradients are summed, reduced and divided.
         """
+        if forward_step.config is not self._config:
+            self.release()
+            self._config = forward_step.config
+            self._warm.clear()
         results = []
         with self.on_own_stream():
             for batch in batches:
@@ -180,7 +185,7 @@ class MicroBatchGraph:
 
 
 def _key(batch: Batch, forward_step: ForwardStep) -> Any:
-    """Returns all that a recording depends on besides the numbers in its inputs."""
+    """Returns what a recording depends on besides the settings and the numbers in its inputs."""
     shapes = tuple(batch.tokens.shape), len(batch.cu_seqlens)
     attention = forward_step.config.attention
     somewhere_dense = forward_step.is_dense or attention.dense_layers or attention.kind == AttentionKind.dense

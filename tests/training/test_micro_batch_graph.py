@@ -7,6 +7,7 @@ its first replay. Whether CUDA can record the passes is a question for a GPU: th
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_another_k_is_another_recording(bench, on_host):
     assert [recorded.step() for _ in range(4)] == expected
     choices = {step_topk(eager.config, step).topk for step in range(1, 5)}
     assert len(choices) > 2 and len(HostRecording.made) == 2 * len(choices)
+
+
+def test_other_settings_are_another_recording(bench, on_host):
+    """Who measures several attentions on one model changes its settings between the steps."""
+    made = on_host(bench(**SMALL))
+    made.step()
+    made.parts.config = made.config = replace(made.config)
+    made.step()
+    assert len(HostRecording.made) == 4 and all(r.released for r in HostRecording.made[:2])
 
 
 def test_a_fault_stops_the_step_and_no_bit_changes(bench, on_host, monkeypatch):

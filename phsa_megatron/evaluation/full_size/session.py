@@ -24,7 +24,8 @@ from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreA
 from phsa_megatron.attention.punctuation import table_of
 from phsa_megatron.attention.spec import layer_spec
 from phsa_megatron.config.derive import derive
-from phsa_megatron.config.schema import Recompute, TrainConfig
+from phsa_megatron.config.errors import ConfigError
+from phsa_megatron.config.schema import CudaGraphs, Recompute, TrainConfig
 from phsa_megatron.data.batches import Batch, BatchReader
 from phsa_megatron.data.prefetch import Prefetcher
 from phsa_megatron.data.tokenizer import Tokenizer
@@ -88,6 +89,11 @@ class Session:
 
     def adopt(self, config: TrainConfig) -> None:
         """Use other settings for the steps to come: attention, lengths, batch, recomputation."""
+        if (config.compute.cuda_graphs == CudaGraphs.none) != (self.parts.graph is None):
+            raise ConfigError(
+                f"compute.cuda_graphs={config.compute.cuda_graphs}: the model was built for the other choice; "
+                "give the setting to all rows"
+            )
         self.config = self.parts.config = config
         self.parts.derived = derive(config)
         core: Any = layer_spec(config).submodules
