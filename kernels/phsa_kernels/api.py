@@ -79,7 +79,8 @@ def pool(
             None for 1/m.
         cu_seqlens: int32 [N + 1] document boundaries; repeats are empty documents.
         block_tokens: m, keys per block.
-        kind: 'mean' (V = 1): the weighted sum of the block's keys.
+        kind: 'mean' (V = 1): the weighted sum of the block's keys. 'halves' (V = 2): the same of each half,
+            with its weights made to sum to 1; the plain mean of a half whose weights are all zero.
         impl: 'reference' or 'triton'.
 
     Raises:
@@ -91,6 +92,10 @@ def pool(
     _require(k.dim() == 3, f"k must be [Tk, Hkv, D], got {tuple(k.shape)}")
     _require(kind in POOL_KINDS, f"kind={kind!r} is unknown; use one of {', '.join(POOL_KINDS)}")
     _require(block_tokens >= 1, f"block_tokens={block_tokens} must be at least 1")
+    _require(
+        kind != "halves" or block_tokens % 2 == 0,
+        f"kind='halves' cuts blocks of block_tokens={block_tokens} in two: use an even block size",
+    )
     _check_index("cu_seqlens", cu_seqlens)
     if weights is not None:
         _require(
@@ -137,7 +142,7 @@ def select(
         local_tokens: local window, a positive multiple of block_tokens.
         block_tokens: m.
         group_score: 'softmax_sum' or 'raw_sum' (Hsel = Hkv).
-        score: 'dot'.
+        score: 'dot' (V = 1), or 'max_of_two' (V = 2): the larger of a query's products with both vectors.
         softmax_scale: scale of the dot products, default D ** -0.5.
         impl: 'reference' or 'triton'.
 
@@ -156,6 +161,11 @@ def select(
         f"group_score={group_score!r} is unknown; use one of {', '.join(GROUP_SCORES)}",
     )
     _require(score in SCORES, f"score={score!r} is unknown; use one of {', '.join(SCORES)}")
+    vectors = 1 if score == "dot" else 2
+    _require(
+        pooled.shape[2] == vectors,
+        f"score={score!r} is of {vectors} vectors a block, pooled has {pooled.shape[2]}",
+    )
     _check_index("q_pos", q_pos, len(q))
     _check_index("q_doc", q_doc, len(q))
     _check_index("cu_blocks", cu_blocks)

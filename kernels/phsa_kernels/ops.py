@@ -19,10 +19,12 @@ _POOL_TOKENS = 64  # a program
 
 
 @torch.library.custom_op("phsa::pool", mutates_args=())
-def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int) -> Tensor:
-    """Return the pooled keys [Tk // m, Hkv, 1, D]."""
+def pool(
+    k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int, vectors: int = 1
+) -> Tensor:
+    """Return the pooled keys [Tk // m, Hkv, vectors, D]: of whole blocks, or of their halves."""
     num_tokens, num_heads, head_dim = k.shape
-    out = k.new_empty(num_tokens // block_tokens, num_heads, 1, head_dim)
+    out = k.new_empty(num_tokens // block_tokens, num_heads, vectors, head_dim)
     if out.numel() == 0:
         return out
     cu_blocks, num_docs = torch.empty_like(cu_seqlens), len(cu_seqlens) - 1
@@ -32,14 +34,14 @@ def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: in
     pool_kernel[(triton.cdiv(out.shape[0], blocks), num_heads)](
         k, w, out, cu_seqlens, cu_blocks, num_docs, len(cu_seqlens).bit_length(), out.shape[0], k.stride(0),
         k.stride(1), w.stride(0), w.stride(1) if w.shape[1] > 1 else 0, out.stride(0), out.stride(1),
-        HAS_WEIGHTS=weights is not None, BLOCK=block_tokens, D=head_dim, B=blocks,
+        HAS_WEIGHTS=weights is not None, VECTORS=vectors, BLOCK=block_tokens, D=head_dim, B=blocks,
     )  # fmt: skip
     return out
 
 
 @pool.register_fake
-def _(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int) -> Tensor:
-    return k.new_empty(k.shape[0] // block_tokens, k.shape[1], 1, k.shape[2])
+def _(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, block_tokens: int, vectors: int = 1) -> Tensor:
+    return k.new_empty(k.shape[0] // block_tokens, k.shape[1], vectors, k.shape[2])
 
 
 @torch.library.custom_op("phsa::select", mutates_args=())

@@ -77,6 +77,16 @@ def product(a, b):
 
 
 @triton.jit
+def block_products(q, POOLED, top, kv_head, VECTORS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Return the products [rows of q, ROWS] with the pooled keys from `top` on: of two vectors the larger."""
+    dot = product(q, tl.trans(load_tile(POOLED, top, kv_head * VECTORS, ROWS, D)))
+    if VECTORS == 2:
+        second = product(q, tl.trans(load_tile(POOLED, top, kv_head * VECTORS + 1, ROWS, D)))
+        dot = tl.maximum(dot, second)
+    return dot
+
+
+@triton.jit
 def count_bits(x):
     """Return the number of set bits of every int32 as int32."""
     x = x.to(tl.uint32, bitcast=True)

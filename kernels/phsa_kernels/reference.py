@@ -7,6 +7,7 @@ queries, so memory is [heads, chunk, document length], never more.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from phsa_kernels.api import token_positions
 
 _CHUNK_QUERIES = 128
+_VECTORS = {"mean": 1, "halves": 2}
+"""Kinds of pooled keys, and how many vectors a block has."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +32,10 @@ def _lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
 
 
 def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
-    """Return the pooled keys [Tk // m, Hkv, 1, D]; see `phsa_kernels.api.pool`."""
-    if kind != "mean":
-        raise NotImplementedError(f"kind={kind!r}: impl='reference' has kind='mean'")
+    """Return the pooled keys [Tk // m, Hkv, V, D]; see `phsa_kernels.api.pool`."""
+    if kind not in _VECTORS:
+        raise NotImplementedError(f"kind={kind!r}: impl='reference' has the kinds {', '.join(_VECTORS)}")
+    vectors = _VECTORS[kind]
     num_tokens, num_heads, head_dim = k.shape
     m, wide = block_tokens, _wide(k.dtype)
     _lengths(cu_seqlens, num_tokens)  # for its check
@@ -42,12 +46,19 @@ def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens:
     in_complete = block < complete[doc]
     # Tokens of incomplete blocks go to one row past the end, which is dropped.
     row = torch.where(in_complete, first_row[doc] + block, num_tokens // m).long()
+    row = row * vectors + position % m // (m // vectors)
+    num_rows = (num_tokens // m + 1) * vectors
     if weights is None:
-        weighted = k.to(wide) / m
+        weighted = k.to(wide) / (m // vectors)
     else:
-        weighted = k.to(wide) * weights.to(wide).view(num_tokens, -1, 1)
-    pooled = weighted.new_zeros(num_tokens // m + 1, num_heads, head_dim)
-    return pooled.index_add(0, row, weighted)[:-1].unsqueeze(2).to(k.dtype)
+        w = weights.to(wide).view(num_tokens, -1, 1)
+        if vectors > 1:
+            total = w.new_zeros(num_rows, *w.shape[1:]).index_add(0, row, w)[row]
+            # A half may be without any weight.
+            w = torch.where(total > 0, w / total.where(total > 0, 1.0), vectors / m)
+        weighted = k.to(wide) * w
+    pooled = weighted.new_zeros(num_rows, num_heads, head_dim).index_add(0, row, weighted)
+    return pooled.view(-1, vectors, num_heads, head_dim)[:-1].transpose(1, 2).contiguous().to(k.dtype)
 
 
 @torch.no_grad()
@@ -67,16 +78,16 @@ def select(
     softmax_scale: float,
 ) -> Tensor:
     """Return the chosen blocks int32 [Tq, Hkv, k]; see `phsa_kernels.api.select`."""
-    if score != "dot" or group_score == "per_head" or pooled.shape[2] != 1:
+    if score not in ("dot", "max_of_two") or group_score == "per_head":
         raise NotImplementedError(
-            f"score={score!r}, group_score={group_score!r}, V={pooled.shape[2]}: impl='reference' has "
-            "score='dot' with group_score='softmax_sum' or 'raw_sum' and V=1"
+            f"score={score!r}, group_score={group_score!r}: impl='reference' has score='dot' and "
+            "'max_of_two' with group_score='softmax_sum' or 'raw_sum'"
         )
     num_kv_heads = pooled.shape[1]
     ids = torch.full((len(q), num_kv_heads, topk), -1, dtype=torch.int32, device=q.device)
     for rows in _chunks_by_document(q_doc):
         doc = int(q_doc[rows[0]])
-        keys = pooled[int(cu_blocks[doc]) : int(cu_blocks[doc + 1]), :, 0]
+        keys = pooled[int(cu_blocks[doc]) : int(cu_blocks[doc + 1])]
         current = q_pos[rows].long() // block_tokens
         scores = _block_scores(q[rows], keys, current, group_score, softmax_scale)
         ids[rows] = _best_blocks(
@@ -86,11 +97,12 @@ def select(
 
 
 def _block_scores(q: Tensor, keys: Tensor, current: Tensor, group_score: str, scale: float) -> Tensor:
-    """Return group scores [n, Hkv, blocks] of n queries against one document's pooled keys."""
+    """Return group scores [n, Hkv, blocks] of n queries against one document's pooled [blocks, Hkv, V, D]."""
     wide = _wide(q.dtype)
     n, num_heads, head_dim = q.shape
     grouped = q.to(wide).view(n, keys.shape[1], -1, head_dim)
-    dots = torch.einsum("nhrd,bhd->nhrb", grouped, keys.to(wide)) * scale
+    by_vector = [torch.einsum("nhrd,bhd->nhrb", grouped, x) for x in keys.to(wide).unbind(2)]
+    dots = functools.reduce(torch.maximum, by_vector) * scale
     if group_score == "raw_sum":
         return dots.sum(2)
     block = torch.arange(len(keys), device=q.device)

@@ -8,7 +8,6 @@ share it. Scores are fp32, or fp64 for fp64 inputs. Work is done document by doc
 |---|---|---|---|
 | cumulant | 2 | `mean = sum w k`, `var = sum w (k - mean)^2` | `c q.mean + c^2 / 2 * q^2.var` |
 | minmax | 2 | lower and upper bound of each channel | `c sum_d max(q_d lower_d, q_d upper_d)` |
-| two_means | 2 | mean of each half under w | `c max(q.first, q.second)` |
 | moba | 1 | plain mean | `q.mean`, for each query head by itself |
 | infllm_v2 | - | means of 32-token windows at stride 16 | see `infllm_v2_scores` |
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from phsa_kernels.reference import _best_blocks, _chunks_by_document, _lengths, _wide
 
-KINDS = ("cumulant", "minmax", "two_means", "moba", "infllm_v2")
+KINDS = ("cumulant", "minmax", "moba", "infllm_v2")
 WINDOW_TOKENS, STRIDE_TOKENS = 32, 16
 """InfLLM-V2's pooling windows."""
 _CPU_CHUNK_QUERIES, _GPU_CHUNK_QUERIES = 128, 4096
@@ -40,14 +39,11 @@ def block_vectors(
 
     Args:
         keys: [blocks, m, Hkv, D], wide.
-        kind: 'cumulant', 'minmax', 'two_means' or 'moba'.
+        kind: 'cumulant', 'minmax' or 'moba'.
         weights: [blocks, m] or [blocks, m, Hkv] that sum to 1 in every block, or None for 1/m; minmax and
             moba ignore them.
         marks: bool [blocks, m] or [blocks, m, Hkv], punctuation; only minmax reads them. None is plain.
         mean_weight_frac: lambda of minmax's blend.
-
-    Raises:
-        ValueError: two_means with an odd block size.
     """
     num_blocks, m = keys.shape[:2]
     if kind == "moba":
@@ -56,17 +52,8 @@ def block_vectors(
         return _bounds(keys, marks, mean_weight_frac)
     w = keys.new_full((num_blocks, m), 1.0 / m) if weights is None else weights.to(keys.dtype)
     w = w.view(num_blocks, m, -1, 1)
-    if kind == "cumulant":
-        mean = (w * keys).sum(1)
-        return torch.stack([mean, (w * (keys - mean[:, None]).square()).sum(1)], dim=2)
-    if m % 2:
-        raise ValueError(f"two_means cuts blocks of block_tokens={m} in two: use an even block size")
-    halves, w = (x.view(num_blocks, 2, m // 2, *x.shape[2:]) for x in (keys, w))
-    # lambda 0 may leave a half without weight: it then has its plain mean.
-    total = w.sum(2, keepdim=True)
-    w = torch.where(total > 0, w / total.where(total > 0, 1.0), 2.0 / m)
-    means: Tensor = (w * halves).sum(2).transpose(1, 2)
-    return means
+    mean = (w * keys).sum(1)
+    return torch.stack([mean, (w * (keys - mean[:, None]).square()).sum(1)], dim=2)
 
 
 def _bounds(keys: Tensor, marks: Tensor | None, mean_weight_frac: float) -> Tensor:
@@ -93,10 +80,8 @@ def head_scores(q: Tensor, vectors: Tensor, kind: str, scale: float) -> Tensor:
         return dot(q, first)
     if kind == "cumulant":
         return scale * dot(q, first) + 0.5 * scale**2 * dot(q.square(), second)
-    if kind == "minmax":
-        # q_d * upper_d where q_d > 0 and q_d * lower_d elsewhere is the larger product.
-        return scale * (dot(q.clamp(min=0), second) + dot(q.clamp(max=0), first))
-    return scale * torch.maximum(dot(q, first), dot(q, second))
+    # q_d * upper_d where q_d > 0 and q_d * lower_d elsewhere is the larger product.
+    return scale * (dot(q.clamp(min=0), second) + dot(q.clamp(max=0), first))
 
 
 def _group(scores: Tensor, current: Tensor, group_score: str) -> Tensor:
@@ -206,7 +191,7 @@ def select_blocks(
         local_tokens: as in `api.select`.
         block_tokens: m; infllm_v2 needs a multiple of 16.
         group_score: 'softmax_sum' or 'raw_sum'; moba (per head) and infllm_v2 (softmax) have their own.
-        weights: fp32 [Tk] or [Tk, Hkv] pooling weights, for cumulant and two_means joined with punctuation.
+        weights: fp32 [Tk] or [Tk, Hkv] pooling weights, for cumulant joined with punctuation.
         marks: bool [Tk] or [Tk, Hkv] punctuation, for minmax joined with it.
         mean_weight_frac: lambda of minmax's blend.
         coarse_lse: infllm_v2's approximate normalizer.

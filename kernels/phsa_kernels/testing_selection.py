@@ -37,17 +37,19 @@ class SelectionComparison:
 def score_bounds(q: Tensor, keys: Tensor, seen: Tensor, group_score: str) -> tuple[Tensor, Tensor]:
     """Return fp64 group scores [n, Hkv, blocks] and how far fp32 scores may be from them.
 
-    Shapes: q [n, Hq, D], keys [blocks, Hkv, D], seen bool [n, blocks]. A sum of D products errs by at most D
-    units of the sum of their magnitudes, doubled because tensor cores truncate; the softmax scale and the
+    Shapes: q [n, Hq, D], keys [blocks, Hkv, V, D], seen bool [n, blocks]. A sum of D products errs by at most
+    D units of the sum of their magnitudes, doubled because tensor cores truncate; the softmax scale and the
     change of base add four roundings. The normalizer adds one exponential a block, the logarithm and its own
     roundings, and turns an absolute error of the exponent into a relative one of the probability.
     """
     n, num_heads, dim = q.shape
     scale = dim**-0.5
     grouped, wide = q.double().view(n, keys.shape[1], -1, dim), keys.double()
-    exponent = torch.einsum("nhrd,bhd->nhrb", grouped, wide) * scale
-    magnitude = torch.einsum("nhrd,bhd->nhrb", grouped.abs(), wide.abs()) * scale
-    error = _UNIT * (2 * dim * magnitude + 4 * exponent.abs())
+    products = torch.einsum("nhrd,bhvd->nhrbv", grouped, wide) * scale
+    magnitude = torch.einsum("nhrd,bhvd->nhrbv", grouped.abs(), wide.abs()) * scale
+    # The larger of two numbers is no farther from exact than the worse of them.
+    error = (_UNIT * (2 * dim * magnitude + 4 * products.abs())).amax(-1)
+    exponent = products.amax(-1)
     heads = grouped.shape[2]
     if group_score == "raw_sum":
         return exponent.sum(2), error.sum(2) + heads * _UNIT * exponent.abs().sum(2)
@@ -62,13 +64,13 @@ def score_bounds(q: Tensor, keys: Tensor, seen: Tensor, group_score: str) -> tup
 
 
 def compare_selection(shape: Shape, q: Tensor, pooled: Tensor, ids: Tensor) -> SelectionComparison:
-    """Hold the ids [T, Hkv, k] to the fp64 scores of q [T, Hq, D] against pooled [blocks, Hkv, 1, D]."""
+    """Hold the ids [T, Hkv, k] to the fp64 scores of q [T, Hq, D] against pooled [blocks, Hkv, V, D]."""
     cu_seqlens = shape.cu_seqlens(q.device)
     positions, documents = api.token_positions(cu_seqlens, shape.num_tokens)
     boundaries = api.block_boundaries(cu_seqlens, shape.block_tokens).tolist()
     differ = wrong = 0
     for doc, length in enumerate(shape.lengths):
-        keys = pooled[boundaries[doc] : boundaries[doc + 1], :, 0]
+        keys = pooled[boundaries[doc] : boundaries[doc + 1]]
         start = sum(shape.lengths[:doc])
         for begin in range(start, start + length, _CHUNK_QUERIES):
             rows = slice(begin, min(begin + _CHUNK_QUERIES, start + length))

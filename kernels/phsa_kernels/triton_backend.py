@@ -12,6 +12,9 @@ from phsa_kernels.attend.forward import forward_kernel
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+VECTORS = {"mean": 1, "halves": 2}
+"""Kinds of pooled keys, and how many vectors a block has."""
+SCORES = ("dot", "max_of_two")
 MAX_GROUP = 16
 MAX_TOPK = 64
 INTERPRETED = not isinstance(forward_kernel, JITFunction)
@@ -52,11 +55,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
     """Return the pooled keys; see `phsa_kernels.api.pool`. No gradient: selection passes none."""
-    supported(kind == "mean", f"kind={kind!r}", "kind='mean'")
+    supported(kind in VECTORS, f"kind={kind!r}", f"kinds {', '.join(VECTORS)}")
     check(k, block_tokens)
     if weights is not None:
         weights = weights.detach().contiguous()
-    pooled: Tensor = ops.pool(_rows_contiguous(k.detach()), weights, cu_seqlens, block_tokens)
+    pooled: Tensor = ops.pool(_rows_contiguous(k.detach()), weights, cu_seqlens, block_tokens, VECTORS[kind])
     return pooled
 
 
@@ -76,7 +79,7 @@ def select(
     softmax_scale: float,
 ) -> Tensor:
     """Return the chosen blocks; see `phsa_kernels.api.select`."""
-    supported(score == "dot" and pooled.shape[2] == 1, f"score={score!r}, V={pooled.shape[2]}", "score='dot'")
+    supported(score in SCORES, f"score={score!r}", f"scores {', '.join(SCORES)}")
     supported(
         group_score in {"softmax_sum", "raw_sum"}, f"group_score={group_score!r}", "softmax_sum and raw_sum"
     )

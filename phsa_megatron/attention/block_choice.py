@@ -15,9 +15,7 @@ from phsa_kernels.api import block_boundaries, pool, select, token_positions
 from phsa_kernels.selectors import max_norm_flags, select_blocks
 from phsa_megatron.attention.controls import weights_of_flags
 from phsa_megatron.config.schema import AttentionConfig, Selector
-from phsa_megatron.config.selector_kinds import ONE_POOLED_KEY, WITHOUT_SELECTION
-
-_KERNEL_KIND = {Selector.halves: "two_means"}
+from phsa_megatron.config.selector_kinds import WITH_KERNELS, WITHOUT_SELECTION
 
 
 class KeyInfo(Protocol):
@@ -118,12 +116,14 @@ def choose_blocks_by_weights(
     if selector in WITHOUT_SELECTION:
         return torch.empty(len(query), keys.shape[1], 0, dtype=torch.int32, device=query.device)
     group_score = attention.group_score.value
-    if selector in ONE_POOLED_KEY:
+    if selector in WITH_KERNELS:
+        halves = selector == Selector.halves
         pooled = pool(
             keys,
             _weights(keys, pool_weights, cu_seqlens, attention),
             cu_seqlens,
             block_tokens=attention.block_tokens,
+            kind="halves" if halves else "mean",
             impl=attention.impl.value,
         )
         return select(
@@ -137,6 +137,7 @@ def choose_blocks_by_weights(
             local_tokens=attention.local_tokens,
             block_tokens=attention.block_tokens,
             group_score=group_score,
+            score="max_of_two" if halves else "dot",
             softmax_scale=softmax_scale,
             impl=attention.impl.value,
         )
@@ -147,7 +148,7 @@ def choose_blocks_by_weights(
         q_pos,
         q_doc,
         cu_seqlens,
-        kind=_KERNEL_KIND.get(selector, selector.value),
+        kind=selector.value,
         topk=topk,
         init_tokens=attention.init_tokens,
         local_tokens=attention.local_tokens,

@@ -21,8 +21,8 @@ from phsa_megatron.config.schema import (
 )
 from phsa_megatron.config.selector_kinds import (
     EAGER_ONLY,
-    ONE_POOLED_KEY,
     OWN_GROUP_SCORE,
+    WITH_KERNELS,
     WITH_PARAMETERS,
     WITHOUT_SECOND_BRANCH,
     WITHOUT_SELECTION,
@@ -116,11 +116,11 @@ def _selector_impl(config: TrainConfig) -> Iterator[str]:
             "set attention.select_impl=null, and attention.impl for everything",
         )
     if attention.impl == KernelImpl.triton and eager_only and attention.select_impl is None:
-        served = ", ".join(sorted(ONE_POOLED_KEY | {Selector.window}))
+        served = ", ".join(sorted(WITH_KERNELS | {Selector.window}))
         yield broken(
             "attention.selector",
             attention.selector,
-            f"attention.impl=triton scores one pooled vector a block by its dot product: {served}",
+            f"attention.impl=triton scores pooled vectors of a block by their dot products: {served}",
             "set attention.select_impl=reference (an eager choice, attention by Triton), "
             "attention.impl=reference, or one of these selectors",
         )

@@ -17,13 +17,16 @@ ONE_POOLED_KEY = frozenset(
 )
 """Selectors that are PHSA with other pooling weights: one weighted mean a block, scored by its dot."""
 
+WITH_KERNELS = ONE_POOLED_KEY | {Selector.halves}
+"""Selectors that every implementation chooses with: the larger of two such scores is one too."""
+
 WITHOUT_SELECTION = frozenset({Selector.window, Selector.dense_window})
 """Selectors that choose no block; k means nothing to them."""
 
 WITH_PARAMETERS = frozenset({Selector.nsa, Selector.indexer})
 """Selectors with weights of their own, in the core attention of every layer."""
 
-EAGER_ONLY = frozenset(Selector) - ONE_POOLED_KEY - WITHOUT_SELECTION
+EAGER_ONLY = frozenset(Selector) - WITH_KERNELS - WITHOUT_SELECTION
 """Selectors that only impl=reference has."""
 
 WITHOUT_SECOND_BRANCH = (

@@ -95,8 +95,8 @@ BROKEN_COMPUTE += [
         ),
         ({"attention.kind": AttentionKind.dense}, ["one by one", "set data.isolate_documents=false"]),
         (
-            {"attention.selector": Selector.halves, "attention.select_impl": KernelImpl.reference},
-            ["selector=halves", "attention.impl=triton"],
+            {"attention.selector": Selector.minmax, "attention.select_impl": KernelImpl.reference},
+            ["selector=minmax", "attention.impl=triton"],
         ),
     )
 ]

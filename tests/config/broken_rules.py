@@ -57,7 +57,7 @@ BROKEN = [
             "attention.impl": KernelImpl.triton,
             "cluster.device": Device.cuda,
         },
-        ["attention.selector=minmax", "one pooled vector a block", "mean_pool", "attention.impl=reference"],
+        ["attention.selector=minmax", "pooled vectors of a block", "mean_pool", "attention.impl=reference"],
     ),
     (
         "_selector_lambda",

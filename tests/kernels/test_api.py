@@ -91,9 +91,7 @@ def test_bad_argument_is_refused(op, name, value, message):
     [
         ("pool", "kind", "moments"),
         ("select", "group_score", "per_head"),
-        ("select", "score", "cumulant"),
         ("phsa_attention", "kind", "minmax"),
-        ("phsa_attention", "score", "max_of_two"),
     ],
 )
 def test_what_the_contract_names_but_the_reference_lacks_is_refused(op, name, value):

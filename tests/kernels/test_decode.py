@@ -129,7 +129,9 @@ def wrong_rows(caches, ids):
             continue
         keys = caches.pooled[row, : length // shape.block_tokens]
         current = torch.tensor([(length - 1) // shape.block_tokens], device=ids.device)
-        wrong += compare_rows(shape, caches.q[row : row + 1], keys, current, ids[row : row + 1].long())[1]
+        wrong += compare_rows(
+            shape, caches.q[row : row + 1], keys[:, :, None], current, ids[row : row + 1].long()
+        )[1]
     return wrong
 
 

@@ -39,7 +39,7 @@ def loop_score(kind, q, block, w, marks, lam, scale):
     dot = lambda x: sum(q[d] * x[d] for d in range(dim))  # noqa: E731
     if kind == "moba":
         return dot([sum(x[d] for x in block) / m for d in range(dim)])
-    if kind == "two_means":
+    if kind == "halves":
         means = []
         for part in (range(m // 2), range(m // 2, m)):
             total = sum(w[t] for t in part)
@@ -128,7 +128,7 @@ def loop_select(kind, q, k, cu, marks, weights, *, m, init, local, topk, group_s
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "with punctuation"])
 @pytest.mark.parametrize("group_score", ["softmax_sum", "raw_sum"])
-@pytest.mark.parametrize("kind", ["cumulant", "minmax", "two_means", "moba"])
+@pytest.mark.parametrize("kind", ["cumulant", "minmax", "halves", "moba"])
 def test_ids_equal_plain_loops(kind, group_score, joined):
     q, k, _, cu, marks = make([49, 0, 7, 26])
     m = 4
@@ -182,6 +182,12 @@ def test_infllm_v2_ids_equal_plain_loops(m, coarse):
 
 def run(kind, q, k, cu, *, m, init, local, topk, **options):
     position, doc = api.token_positions(cu, len(k))
+    if kind == "halves":
+        weights, group_score = options.get("weights"), options.get("group_score", "softmax_sum")
+        pooled = api.pool(k, weights, cu, block_tokens=m, kind="halves")
+        windows = {"init_tokens": init, "local_tokens": local, "block_tokens": m, "topk": topk}
+        how = {"group_score": group_score, "score": "max_of_two"}
+        return api.select(q, pooled, position, doc, api.block_boundaries(cu, m), **windows, **how)
     return selectors.select_blocks(
         q,
         k,
@@ -215,7 +221,7 @@ def test_infllm_v2_by_hand():
     torch.testing.assert_close(scores.flatten().tolist(), [0.4])
 
 
-@pytest.mark.parametrize("kind", selectors.KINDS)
+@pytest.mark.parametrize("kind", [*selectors.KINDS, "halves"])
 def test_attention_gradients_pass_through_the_chosen_blocks_only(kind):
     q, k, v, cu, _ = make([80], heads=(2, 1), head_dim=2)
     ids = run(kind, q, k, cu, m=M, init=0, local=M, topk=1)
@@ -237,7 +243,7 @@ def test_attention_gradients_pass_through_the_chosen_blocks_only(kind):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kind", selectors.KINDS)
+@pytest.mark.parametrize("kind", [*selectors.KINDS, "halves"])
 def test_future_keys_change_no_earlier_choice(kind):
     q, k, _, cu, _ = make([200])
     before = run(kind, q, k, cu, m=M, init=M, local=M, topk=2)
@@ -268,6 +274,6 @@ def test_other_implementations_and_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="stride 16"):
         run("infllm_v2", q, k, cu, m=8, init=0, local=8, topk=1)
     with pytest.raises(ValueError, match="even"):
-        run("two_means", q, k, cu, m=5, init=0, local=5, topk=1)
+        run("halves", q, k, cu, m=5, init=0, local=5, topk=1)
     with pytest.raises(ValueError, match="unknown"):
         run("quest", q, k, cu, m=M, init=0, local=M, topk=1)

@@ -44,11 +44,16 @@ def pool_kernel(
     stride_ob,
     stride_oh,
     HAS_WEIGHTS: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     B: tl.constexpr,
 ):
-    """OUT[b, h] = sum over the block's tokens of w * k, in fp32, rounded once; zero past the last block."""
+    """OUT[b, h] = sum over the block's tokens of w * k, in fp32, rounded once; zero past the last block.
+
+    With VECTORS = 2 the same of each half with its own weights made to sum to 1, or its plain mean if they
+    are all zero.
+    """
     block = tl.program_id(0) * B + tl.arange(0, B)
     head = tl.program_id(1)
     inside = block < num_blocks
@@ -60,10 +65,27 @@ def pool_kernel(
     d = tl.arange(0, D)
     at = row_offset(token, head, stride_kt, stride_kh)[:, :, None] + d[None, None, :]
     keys = tl.load(K + at, mask=some[:, None, None], other=0.0).to(tl.float32)
-    if HAS_WEIGHTS:
-        weight = tl.load(W + row_offset(token, head, stride_wt, stride_wh), mask=some[:, None], other=0.0)
-        total = tl.sum(keys * weight.to(tl.float32)[:, :, None], 1)
+    if VECTORS == 1:
+        if HAS_WEIGHTS:
+            weight = tl.load(W + row_offset(token, head, stride_wt, stride_wh), mask=some[:, None], other=0.0)
+            total = tl.sum(keys * weight.to(tl.float32)[:, :, None], 1)
+        else:
+            total = tl.sum(keys, 1) / BLOCK
+        out = OUT + row_offset(block, head, stride_ob, stride_oh)[:, None] + d[None, :]
+        tl.store(out, total.to(OUT.dtype.element_ty), mask=inside[:, None])
     else:
-        total = tl.sum(keys, 1) / BLOCK
-    out = OUT + row_offset(block, head, stride_ob, stride_oh)[:, None] + d[None, :]
-    tl.store(out, total.to(OUT.dtype.element_ty), mask=inside[:, None])
+        part: tl.constexpr = BLOCK // VECTORS
+        keys = tl.reshape(keys, [B * VECTORS, part, D])
+        if HAS_WEIGHTS:
+            weight = tl.load(W + row_offset(token, head, stride_wt, stride_wh), mask=some[:, None], other=0.0)
+            weight = tl.reshape(weight.to(tl.float32), [B * VECTORS, part])
+            sums = tl.sum(weight, 1)[:, None]
+            weight = tl.where(sums > 0, weight / tl.where(sums > 0, sums, 1.0), 1.0 / part)
+            vectors = tl.sum(keys * weight[:, :, None], 1)
+        else:
+            vectors = tl.sum(keys, 1) / part
+        vector = tl.arange(0, VECTORS)
+        out = OUT + row_offset(block, head, stride_ob, stride_oh)[:, None, None]
+        out = out + (vector * D)[None, :, None] + d[None, None, :]
+        vectors = tl.reshape(vectors, [B, VECTORS, D]).to(OUT.dtype.element_ty)
+        tl.store(out, vectors, mask=inside[:, None, None])

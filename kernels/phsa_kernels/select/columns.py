@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.primitives import LOG2_E, load_rows, load_tile, product, row_offset
+from phsa_kernels.primitives import LOG2_E, block_products, load_rows, row_offset
 from phsa_kernels.select.rows import candidate_range, candidate_steps, last_rows_first
 
 _NONE = tl.constexpr(2147483647)  # above every block
@@ -26,11 +26,10 @@ _NONE = tl.constexpr(2147483647)  # above every block
 
 @triton.jit
 def group_scores(
-    q, keys, norm, scale, scale_log2, SOFTMAX: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr,
+    dot, norm, scale, scale_log2, SOFTMAX: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """Return the scores [T, BN] of stacked heads: row r * T + t of q is head r of query t."""
-    dot = product(q, tl.trans(keys))
+    """Return the scores [T, BN] of the products of stacked heads: row r * T + t is head r of query t."""
     if SOFTMAX:
         by_head = tl.exp2(dot * scale_log2 - norm[:, None])
     else:
@@ -52,15 +51,15 @@ def keep(best, best_step, second, second_step, score, step, TWO: tl.constexpr):
 @triton.jit
 def keep_edge(
     best, best_step, second, second_step, from_step, to_step, begin, first, last, q, norm, POOLED,
-    kv_head, scale, scale_log2, TWO: tl.constexpr, SOFTMAX: tl.constexpr,
+    kv_head, scale, scale_log2, TWO: tl.constexpr, SOFTMAX: tl.constexpr, VECTORS: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Enter steps of which some row has only some blocks as candidates."""
     n = tl.arange(0, BN)
     for step in range(from_step, to_step):
         block = begin + step * BN + n
-        keys = load_tile(POOLED, begin + step * BN, kv_head, BN, D)
-        score = group_scores(q, keys, norm, scale, scale_log2, SOFTMAX, HEADS, T, BN)
+        dot = block_products(q, POOLED, begin + step * BN, kv_head, VECTORS, BN, D)
+        score = group_scores(dot, norm, scale, scale_log2, SOFTMAX, HEADS, T, BN)
         candidate = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None])
         score = tl.where(candidate, score, float("-inf"))
         best, best_step, second, second_step = keep(best, best_step, second, second_step, score, step, TWO)
@@ -91,6 +90,7 @@ def select_columns_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     TOPK: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    VECTORS: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -128,17 +128,17 @@ def select_columns_kernel(
     tail = inner + (end_inner - first_inner) // BN
     best, best_step, second, second_step = keep_edge(
         best, best_step, second, second_step, 0, inner, begin, first, last, q, norm, POOLED, kv_head,
-        scale, scale_log2, TOPK == 2, SOFTMAX, HEADS, D, T, BN,
+        scale, scale_log2, TOPK == 2, SOFTMAX, VECTORS, HEADS, D, T, BN,
     )  # fmt: skip
     for step in range(inner, tail):
-        keys = load_tile(POOLED, begin + step * BN, kv_head, BN, D)
-        score = group_scores(q, keys, norm, scale, scale_log2, SOFTMAX, HEADS, T, BN)
+        dot = block_products(q, POOLED, begin + step * BN, kv_head, VECTORS, BN, D)
+        score = group_scores(dot, norm, scale, scale_log2, SOFTMAX, HEADS, T, BN)
         best, best_step, second, second_step = keep(
             best, best_step, second, second_step, score, step, TOPK == 2
         )
     best, best_step, second, second_step = keep_edge(
         best, best_step, second, second_step, tail, tl.cdiv(end - begin, BN), begin, first, last, q,
-        norm, POOLED, kv_head, scale, scale_log2, TOPK == 2, SOFTMAX, HEADS, D, T, BN,
+        norm, POOLED, kv_head, scale, scale_log2, TOPK == 2, SOFTMAX, VECTORS, HEADS, D, T, BN,
     )  # fmt: skip
     out = IDS + row_offset(row, kv_head, num_kv_heads * TOPK, TOPK)
     block = tl.where(best_step < 0, _NONE, begin + best_step * BN + n[None, :])

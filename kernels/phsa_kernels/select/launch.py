@@ -46,17 +46,18 @@ def select_blocks(
 ) -> Tensor:
     """Return the chosen blocks int32 [Tq, Hkv, k]."""
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = pooled.shape[1]
+    num_kv_heads, vectors = pooled.shape[1:3]
     group = num_heads // num_kv_heads
     ids = q.new_empty(num_queries, num_kv_heads, topk, dtype=torch.int32)
     if num_queries == 0 or pooled.shape[0] == 0:
         return ids.fill_(-1)
     configs = configs_for(q.device, q.dtype)
     norm = q.new_empty(num_queries, num_heads if softmax else 0, dtype=torch.float32)
-    pooled = aligned(pooled.view(pooled.shape[0], num_kv_heads, head_dim))
+    # The vectors of a head's blocks lie like heads beside each other.
+    pooled = aligned(pooled.flatten(1, 2))
     where = (q_pos, q_doc, cu_blocks)
     sizes = (num_queries, num_heads, scale, q.stride(0), q.stride(1))
-    shape: dict[str, Any] = {"GROUP": group, "BLOCK": block_tokens, "D": head_dim}
+    shape: dict[str, Any] = {"GROUP": group, "BLOCK": block_tokens, "D": head_dim, "VECTORS": vectors}
     if softmax:
         tile = configs.normalizer
         normalizer_kernel[(triton.cdiv(num_queries, tile.rows) * num_heads,)](

@@ -39,6 +39,7 @@ def select_list_kernel(
     TOPK: tl.constexpr,
     TOPK_PADDED: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    VECTORS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -63,16 +64,20 @@ def select_list_kernel(
     n = tl.arange(0, BN)
     begin, first_inner, end_inner, end = candidate_steps(first, last, ok, BN)
     # Loaded a step ahead by hand: the compiler does not pipeline a loop with a loop in it.
-    keys = load_rows(POOLED, begin + n, kv_head, stride_pb, stride_ph, begin + n < end, D)
+    vector = kv_head * VECTORS
+    keys = load_rows(POOLED, begin + n, vector, stride_pb, stride_ph, begin + n < end, D)
     for step in range(begin, end, BN):
         block = step + n
         ahead = block + BN
-        next_keys = load_rows(POOLED, ahead, kv_head, stride_pb, stride_ph, ahead < end, D)
+        next_keys = load_rows(POOLED, ahead, vector, stride_pb, stride_ph, ahead < end, D)
         score = tl.zeros([T, BN], tl.float32)
         for r in tl.static_range(GROUP):
             head = kv_head * GROUP + r
             q = load_rows(Q, row, head, stride_qt, stride_qh, ok, D)
             dot = product(q, tl.trans(keys))
+            if VECTORS == 2:
+                others = load_rows(POOLED, block, vector + 1, stride_pb, stride_ph, block < end, D)
+                dot = tl.maximum(dot, product(q, tl.trans(others)))
             if SOFTMAX:
                 norm = tl.load(NORM + row.to(tl.int64) * num_heads + head, mask=ok, other=0.0)
                 score += tl.exp2(dot * scale_log2 - norm[:, None])

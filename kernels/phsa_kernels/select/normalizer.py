@@ -14,16 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phsa_kernels.primitives import LOG2_E, LOWEST, load_rows, load_tile, product
+from phsa_kernels.primitives import LOG2_E, LOWEST, block_products, load_rows
 from phsa_kernels.select.rows import block_range, last_rows_first
 
 
 @triton.jit
 def add_to_normalizer(
-    peak, total, q, keys, seen, scale_log2, MASK: tl.constexpr, T: tl.constexpr, BN: tl.constexpr
+    peak, total, score, seen, scale_log2, MASK: tl.constexpr, T: tl.constexpr, BN: tl.constexpr
 ):
     """One step of the running maxima [T, 4] of the products (the scale is positive) and of the sums."""
-    score = product(q, tl.trans(keys))
     if MASK:
         score = tl.where(seen, score, float("-inf"))
     score = tl.reshape(score, [T, BN // 8, 4, 2])
@@ -47,6 +46,7 @@ def normalizer_kernel(
     scale,
     stride_qt,
     stride_qh,
+    VECTORS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -71,13 +71,13 @@ def normalizer_kernel(
         at_head = step < head_steps
         top = tl.where(at_head, begin + step * BN, end_inner + (step - head_steps) * BN)
         block = top + n
-        keys = load_tile(POOLED, top, head // GROUP, BN, D)
         below = block < tl.where(at_head, first_inner, end)
         seen = (block[None, :] >= first[:, None]) & (block[None, :] < last[:, None]) & below[None, :]
-        peak, total = add_to_normalizer(peak, total, q, keys, seen, scale_log2, True, T, BN)
+        dot = block_products(q, POOLED, top, head // GROUP, VECTORS, BN, D)
+        peak, total = add_to_normalizer(peak, total, dot, seen, scale_log2, True, T, BN)
     for top in range(first_inner, end_inner, BN):
-        keys = load_tile(POOLED, top, head // GROUP, BN, D)
-        peak, total = add_to_normalizer(peak, total, q, keys, ok, scale_log2, False, T, BN)
+        dot = block_products(q, POOLED, top, head // GROUP, VECTORS, BN, D)
+        peak, total = add_to_normalizer(peak, total, dot, ok, scale_log2, False, T, BN)
     row_peak = tl.max(peak, 1)
     row_total = tl.sum(total * tl.exp2((peak - row_peak[:, None]) * scale_log2), 1)
     # A row without any block gets -infinity; its candidates are none, so the value is never used.

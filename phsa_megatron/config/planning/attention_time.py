@@ -18,7 +18,8 @@ from typing import Any
 
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.flops import is_dense, selected_pairs
-from phsa_megatron.config.schema import AttentionConfig, AttentionKind, KernelImpl, TrainConfig
+from phsa_megatron.config.schema import AttentionConfig, AttentionKind, KernelImpl, Selector, TrainConfig
+from phsa_megatron.config.selector_kinds import EAGER_ONLY
 
 TABLE_FILE = Path(__file__).parent / "h100_attention.json"
 _SQUARE, _LINEAR = 2.0, 1.0
@@ -170,6 +171,11 @@ def _phsa_ms(
     if measured["block"] != attention.block_tokens:
         notes.append(f"blocks of {attention.block_tokens} have no rows: selection by the number of blocks")
     select *= measured["block"] / attention.block_tokens
+    if attention.selector == Selector.halves:
+        select *= 2
+        notes.append("two vectors a block have no rows: twice the selection of one")
+    elif attention.selector in EAGER_ONLY:
+        notes.append(f"attention.selector={attention.selector} chooses eagerly, which takes longer than this")
     if attention.group_score.value != measured["group_score"]:
         notes.append(f"{attention.group_score.value} has no rows: those of {measured['group_score']}")
     own = (attention.block_tokens, attention.init_tokens, attention.local_tokens, k)

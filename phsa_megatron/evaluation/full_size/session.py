@@ -91,7 +91,7 @@ class Session:
         """Use other settings for the steps to come: attention, lengths, batch, recomputation."""
         if (config.compute.cuda_graphs == CudaGraphs.none) != (self.parts.graph is None):
             raise ConfigError(
-                f"compute.cuda_graphs={config.compute.cuda_graphs}: the model was built for the other choice; "
+                f"compute.cuda_graphs={config.compute.cuda_graphs}: the model was built for the other one; "
                 "give the setting to all rows"
             )
         self.config = self.parts.config = config

@@ -44,7 +44,7 @@ def test_units_differ_in_attention_alone(attentions):
 
 def test_selectors_without_a_kernel_choose_eagerly_on_a_gpu(attentions):
     for name, attention in attentions.items():
-        eager = name in ("infllm_v2", "halves")
+        eager = name == "infllm_v2"
         assert attention.impl is KernelImpl.triton
         assert attention.select_impl is (KernelImpl.reference if eager else None)
 
