@@ -9,6 +9,9 @@ from phsa_megatron.config.rule_messages import Rule, broken
 from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute, TrainConfig
 from phsa_megatron.config.selector_kinds import learned_selector
 
+_WIDEST_TRITON_NORM = 16384
+"""`model/norm_kernels.py` says why; this room opens without torch."""
+
 
 def _chunked_loss(config: TrainConfig) -> Iterator[str]:
     if config.compute.loss == Loss.chunked and config.model.mtp_num_layers:
@@ -43,6 +46,14 @@ def _norm(config: TrainConfig) -> Iterator[str]:
     if config.compute.norm != Norm.triton:
         return
     yield from _needs_gpu(config, "norm", "Triton's kernels need a GPU", Norm.torch.value)
+    if config.model.hidden_size > _WIDEST_TRITON_NORM:
+        yield broken(
+            "compute.norm",
+            config.compute.norm,
+            f"its kernels hold rows of up to {_WIDEST_TRITON_NORM} numbers (model.hidden_size="
+            f"{config.model.hidden_size})",
+            "set compute.norm=torch",
+        )
     if config.compute.layers == Layers.transformer_engine:
         yield broken(
             "compute.norm",

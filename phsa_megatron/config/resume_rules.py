@@ -153,7 +153,11 @@ RULES: dict[str, ResumeRule] = {
         "the data goes on after the sequences consumed so far, none repeated or left out; the learning-rate "
         "curve, which counts sequences, is re-measured with the new batch and may jump",
     ),
-    "optim.micro_batch_sequences": _ROUNDING,
+    "optim.micro_batch_sequences": ResumeRule(
+        True,
+        "same mathematics, sums are rounded in another order; but with experts the balance loss is that of "
+        "each micro-batch, so it changes too",
+    ),
     "optim.lr": _SCHEDULE,
     "optim.min_lr": _SCHEDULE,
     "optim.schedule": _SCHEDULE,

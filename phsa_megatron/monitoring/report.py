@@ -85,7 +85,7 @@ def read_run(folder: RunFolder) -> RunData:
     """
     # The plain file, not the schema: an older run whose settings have since been renamed still gets its
     # report.
-    config = read_yaml(folder.config_file).values
+    config = read_yaml(folder.existing_config()).values
     return RunData(config, read_records(folder.metrics_file), _read_summary(folder.summary_file))
 
 

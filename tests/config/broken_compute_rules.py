@@ -41,6 +41,11 @@ BROKEN_COMPUTE = [
         ["compute.norm=triton", "norms of their own", "compute.layers=local"],
     ),
     (
+        "_norm",
+        {"compute.norm": Norm.triton, "cluster.device": Device.cuda, "model.hidden_size": 16400},
+        ["compute.norm=triton", "up to 16384", "model.hidden_size=16400", "set compute.norm=torch"],
+    ),
+    (
         "_recompute_layers",
         {"parallel.recompute_layers": 1},
         ["parallel.recompute_layers=1", "parallel.recompute=none", "set parallel.recompute=full"],

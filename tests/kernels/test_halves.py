@@ -128,5 +128,7 @@ def test_vectors_and_scores_that_do_not_fit_are_refused():
         select(shape, q, pooled, "triton", score="dot")
     with pytest.raises(ValueError, match="score='max_of_two' is of 2 vectors a block, pooled has 1"):
         select(shape, q, pooled[:, :, :1], "triton")
+    with pytest.raises(NotImplementedError, match="score='minmax': .* supports scores dot, max_of_two"):
+        select(shape, q, pooled, "triton", score="minmax")
     with pytest.raises(ValueError, match="block_tokens=5"):
         api.pool(k.detach(), None, shape.cu_seqlens(DEVICE), block_tokens=5, kind="halves")

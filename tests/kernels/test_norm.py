@@ -97,3 +97,10 @@ def test_two_runs_are_equal_to_the_bit():
 def test_what_it_cannot_take_is_named(shape, dtype):
     with pytest.raises(ValueError, match="set compute.norm=torch"):
         rms_norm(torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype), EPS)
+
+
+def test_the_rule_on_width_is_that_of_the_kernels():
+    from phsa_megatron.config import compute_rules
+    from phsa_megatron.model import norm_kernels
+
+    assert compute_rules._WIDEST_TRITON_NORM == norm_kernels.WIDEST

@@ -165,7 +165,7 @@ def test_a_metric_of_another_version_is_shown_without_a_meaning(unfinished_run):
 
 
 def test_bad_folders_are_refused_with_the_file(tmp_path, unfinished_run):
-    with pytest.raises(ConfigError, match=r"nowhere/config\.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere is no run folder"):
         write_report(RunFolder(tmp_path / "nowhere"))
     unfinished_run.summary_file.write_text("{")
     with pytest.raises(DataError, match=r"summary\.json is not JSON"):

@@ -7,7 +7,7 @@ import pytest
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.memory import kernel_workspace_bytes
 from phsa_megatron.config.planning.attention_time import TABLE_FILE, Curve, attention_time, table
-from phsa_megatron.config.schema import AttentionKind, GroupScore, KernelImpl
+from phsa_megatron.config.schema import AttentionKind, GroupScore, KernelImpl, Selector
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "kernels" / "benchmarks"
 ROWS = json.loads((BENCHMARKS / "results" / "h100.json").read_text())
@@ -110,11 +110,20 @@ def test_k_between_the_rows_lies_between_them(large):
         ({"attention__local_tokens": 128}, "an upper bound"),
         ({"attention__block_tokens": 32}, "blocks of 32"),
         ({"attention__dense_len_tokens": 32768}, "dense_len_tokens"),
+        ({"attention__selector": Selector.halves}, "twice the selection"),
+        ({"attention__selector": Selector.minmax}, "chooses eagerly"),
     ],
 )
 def test_what_the_rows_do_not_cover_is_said(large, changes, words):
     assert attention_time(large()).notes == ()
     assert any(words in note for note in attention_time(large(**changes)).notes)
+
+
+def test_two_vectors_a_block_take_twice_the_selection(large):
+    one, two = (attention_time(large(attention__selector=s)) for s in (Selector.phsa, Selector.halves))
+    assert two.select_ms == pytest.approx(2 * one.select_ms)
+    assert two.forward_ms - one.forward_ms == pytest.approx(one.select_ms)
+    assert two.backward_ms == one.backward_ms
 
 
 def test_the_reference_has_no_times(large):
