@@ -219,11 +219,14 @@ def passed(row: dict[str, Any]) -> bool:
 
 
 def to_run(cases: list[dict[str, Any]], only: list[str] | None, earlier: Path | None) -> list[dict[str, Any]]:
-    """Return the cases to run: those of `only`, or those that have not passed in the results of `earlier`."""
+    """Return the cases to run: those of `only`, or those that have not passed in the results of `earlier`.
+
+    A person may give a row `again: true`, and say why in `note`.
+    """
     if only:
         return [case for case in cases if case["name"] in only]
     rows = json.loads(earlier.read_text())["cases"] if earlier and earlier.exists() else []
-    there = {row["name"] for row in rows if passed(row)}
+    there = {row["name"] for row in rows if passed(row) and not row.get("again")}
     return [case for case in cases if case["name"] not in there]
 
 

@@ -34,6 +34,8 @@ def page(report: dict[str, Any]) -> str:
         "",
         f"Failed: {', '.join(failed) or 'none'}. Not run: {', '.join(report['not_run']) or 'none'}.",
     ]
+    again = [case["shown"] for case in cases if case.get("again")]
+    lines[-1] += f" To be run again: {', '.join(again)}." if again else ""
     return "\n".join(lines) + "\n"
 
 
@@ -89,7 +91,7 @@ def _times(cases: list[dict[str, Any]]) -> list[str]:
             case["shown"], str(case["layers"]), f"{case['step_s']:.3f}", f"{case['tokens_per_s']:,.0f}",
             "" if efficiency is None else f"{efficiency:.2f}", f"{case.get('computing_s', 0):.3f}",
             f"{case.get('nccl_exposed_s', 0):.3f}", f"{case['sent_mib']:,.0f}",
-            f"{case.get('peak_gib', 0):.1f}",
+            f"{case['peak_gib']:.1f}" if "peak_gib" in case else "",
             "" if plan is None else f"{plan:.3f} ({plan / case['step_s'] - 1:+.0%}), {case['plan_gib']:.1f}",
         ])  # fmt: skip
     columns = [

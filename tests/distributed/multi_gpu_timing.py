@@ -16,11 +16,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.autograd import DeviceType
 
 from phsa_megatron.attention.punctuation import PunctuationTable
@@ -159,14 +161,19 @@ def batch_of(config: TrainConfig, documents: int) -> Batch:
     )
 
 
-def run_case(case: dict[str, Any], processes: int, kept: KeptGroups) -> dict[str, Any]:
-    """Time a case and return its row on process 0; a case of one process leaves the others out."""
+def run_case(case: dict[str, Any], processes: int, kept: KeptGroups, quiet: Path) -> dict[str, Any]:
+    """Time a case and return its row on process 0; a case of one process leaves the others out.
+
+    The step that compiles does not wait for `quiet`, a file; those that are timed do.
+    """
     config, laps = config_of(case, processes), Laps()
     with kept.of(config) as groups:
         if groups is None:
             return {}
         laps.end("groups_s")
-        row = _measure(config, groups, case, laps)
+        row = _measure(config, groups, case, laps, quiet)
+    # Megatron caches angles by the layer that made them, whose hooks hold the model and its gradients.
+    RotaryEmbedding.forward.cache_clear()
     gc.collect()
     return row if groups.rank == 0 else {}
 
@@ -189,7 +196,9 @@ def repeated_weights() -> Iterator[None]:
         yield
 
 
-def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any], laps: Laps) -> dict[str, Any]:
+def _measure(
+    config: TrainConfig, groups: Groups, case: dict[str, Any], laps: Laps, quiet: Path
+) -> dict[str, Any]:
     on_gpu = groups.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -213,6 +222,10 @@ def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any], laps: La
         return time.perf_counter() - began_s
 
     first_s = step()
+    laps.end("compile_s")
+    while not quiet.exists():
+        time.sleep(0.05)
+    laps.end("wait_s")
     traffic.take()
     times = [step() for _ in range(case["steps"])]
     sent = traffic.take()[0] / len(times)
@@ -226,7 +239,7 @@ def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any], laps: La
         "tokens_per_s": config.optim.global_batch_sequences * config.data.seq_len_tokens / step_s,
         "sent_mib": sent / 2**20, "recompute": config.parallel.recompute.value,
     }  # fmt: skip
-    laps.end("all_steps_s")
+    laps.end("timed_s")
     if on_gpu:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["launch_us"] = _launch_us(groups.device)

@@ -3,8 +3,8 @@
 `multi_gpu_worker.py JOB.json`: {"size", "processes", "folder", "cases": [{"name", "kind", "timeout_s"}]}.
 Each process leaves FOLDER/NAME.RANK.json, process 0 with the result; a failure leaves the traceback there
 and ends the process, for what other processes wait in is not known. A case that takes too long leaves the
-stacks of all threads in FOLDER/NAME.RANK.stack, for whoever ends it. Times wait for
-FOLDER/quiet: from then on nothing else runs on the GPUs.
+stacks of all threads in FOLDER/NAME.RANK.stack, for whoever ends it. Steps are timed
+when there is FOLDER/quiet: from then on nothing else runs on the GPUs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ def main(job: dict[str, Any]) -> None:
     references, kept = None, KeptGroups()
     compiled: tuple[Any, ...] = ()
     for case in job["cases"]:
-        while case["kind"] == "timing" and not (folder / "quiet").exists():
-            time.sleep(0.05)
         name, began_s = case["name"], time.monotonic()
         stack = (folder / f"{name}.{rank}.stack").open("w")
         faulthandler.dump_traceback_later(max(1.0, case["timeout_s"] - 2), file=stack)
@@ -46,7 +44,7 @@ def main(job: dict[str, Any]) -> None:
                 if compiled != multi_gpu_timing.compiled_shapes(case):
                     compiled = multi_gpu_timing.compiled_shapes(case)
                     torch.compiler.reset()
-                found = multi_gpu_timing.run_case(case, job["processes"], kept)
+                found = multi_gpu_timing.run_case(case, job["processes"], kept, folder / "quiet")
             else:
                 if references is None and rank == 0:
                     path = folder.parent / "references.pt"

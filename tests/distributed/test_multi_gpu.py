@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from tests.distributed import multi_gpu, multi_gpu_groups, multi_gpu_page
+from tests.distributed import multi_gpu, multi_gpu_groups, multi_gpu_page, multi_gpu_timing
 from tests.distributed.layout_matrix import LAYOUTS
 from tests.distributed.multi_gpu_layouts import BESIDE, SIZES, layout_config
 from tests.distributed.multi_gpu_layouts import cases as layout_names
@@ -167,6 +168,7 @@ def test_adding_takes_what_is_not_there_or_has_failed_and_what_is_named(tmp_path
         {"name": "cp2_sparse", "passed": False},
         {"name": "0p6b_32k_cp1_phsa", "step_s": 0.6},  # a time has passed if it was taken
         {"name": "0p6b_128k_cp1_phsa", "error": "E"},
+        {"name": "tp2", "passed": True, "again": True},
     ]
     earlier.write_text(json.dumps({"cases": rows}))
     names = [row["name"] for row in rows] + ["dp2"]
@@ -175,7 +177,7 @@ def test_adding_takes_what_is_not_there_or_has_failed_and_what_is_named(tmp_path
     def left(*arguments):
         return [case["name"] for case in multi_gpu.to_run(cases, *arguments)]
 
-    assert left(None, earlier) == ["cp2_sparse", "0p6b_128k_cp1_phsa", "dp2"]
+    assert left(None, earlier) == ["cp2_sparse", "0p6b_128k_cp1_phsa", "tp2", "dp2"]
     assert left(["cp2", "dp2"], earlier) == ["cp2", "dp2"]
     assert left(None, None) == left(None, tmp_path / "nothing.json") == names
 
@@ -239,6 +241,23 @@ def test_times_change_groups_and_compiled_shapes_seldom():
     assert compiled_shapes(found[0]) != compiled_shapes(found[3]), "half of the tokens is another shape"
 
 
+def test_no_model_stays_when_a_case_is_over(monkeypatch, tmp_path):
+    """Or the next one's peak memory would have it in it."""
+    models, build = [], multi_gpu_timing.build_parts
+
+    def remembered(*arguments):
+        parts = build(*arguments)
+        models.append(weakref.ref(parts.modules[0]))
+        return parts
+
+    monkeypatch.setattr(multi_gpu_timing, "build_parts", remembered)
+    monkeypatch.delenv("RANK", raising=False)
+    kept = multi_gpu_groups.KeptGroups()
+    row = multi_gpu_timing.run_case(cases(1, "tiny")[0], 1, kept, quiet=tmp_path)
+    kept.close()
+    assert row["step_s"] > 0 and [model() for model in models] == [None]
+
+
 def test_the_page_names_what_failed_and_what_was_not_run():
     timed = {
         "kind": "timing", "model": "8b", "seq_len": 1024, "attention": "phsa", "vocab": 8, "documents": 1,
@@ -254,14 +273,14 @@ def test_the_page_names_what_failed_and_what_was_not_run():
         "not_run": ["late"],
         "cases": [
             *cases,
-            {"name": "cp2", "kind": "layout", "passed": False, "error": "E", "note": "Run it again."},
+            {"name": "cp2", "kind": "layout", "passed": False, "error": "E", "note": "N.", "again": True},
         ],
     }  # fmt: skip
     page = multi_gpu_page.page(report)
     assert "| cp2_1 | 1 | 0.125 | 8,192 | 0.80 |" in page
     assert "| 8b_1024_phsa_2_all_gather | 50.0 | 36 | 1.88 |" in page
-    assert "Failed: cp2. Not run: late." in page and "commit c." in page
-    assert "- cp2: Run it again." in page
+    assert "Failed: cp2. Not run: late. To be run again: cp2." in page
+    assert "- cp2: N." in page and "commit c." in page
 
 
 @pytest.mark.multigpu
