@@ -30,7 +30,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from phsa_megatron.attention.added_losses import AddedLosses  # noqa: E402
-from phsa_megatron.attention.block_exchange import BlockMap  # noqa: E402
+from phsa_megatron.attention.block_exchange import BlockExchange, BlockMap  # noqa: E402
 from phsa_megatron.attention.context_parallel import ContextShard  # noqa: E402
 from phsa_megatron.attention.max_logit import MaxLogitRecorder  # noqa: E402
 from phsa_megatron.attention.punctuation import PunctuationTable  # noqa: E402
@@ -148,18 +148,22 @@ def counted_bytes(groups: ContextGroups) -> Iterator[dict[tuple[str, str], int]]
 
 @contextmanager
 def lost_marks() -> Iterator[None]:
-    """The last process asks for its windows only, not for what it selected: what the comparison must see."""
-    whole = BlockMap.needed
+    """The process with the ends of the sequences asks for its windows only: what the comparison must see.
 
-    def incomplete(blocks: BlockMap, ids: torch.Tensor) -> torch.Tensor:
-        last = dist.get_rank() == dist.get_world_size() - 1
-        return whole(blocks, torch.full_like(ids, -1) if last else ids)
+    Its queries select among all blocks of a last document, and other processes own most of those. Processes
+    from the middle of zigzag may own, or have in their windows, every block that their queries can select.
+    """
+    whole = BlockExchange.__init__
 
-    BlockMap.needed = incomplete  # type: ignore[method-assign]
+    def incomplete(exchange: BlockExchange, groups: Any, blocks: BlockMap, ids: torch.Tensor) -> None:
+        has_ends = bool(blocks.tokens[groups.rank()].max() == blocks.tokens.max())
+        whole(exchange, groups, blocks, torch.full_like(ids, -1) if has_ends else ids)
+
+    BlockExchange.__init__ = incomplete  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BlockMap.needed = whole  # type: ignore[method-assign]
+        BlockExchange.__init__ = whole  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -10,9 +10,8 @@ parallelism) one process's pooled keys or marks lost.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,11 +29,12 @@ from phsa_megatron.config.schema import (
     TrainConfig,
 )
 from phsa_megatron.data.batches import Batch
-from phsa_megatron.parallel.groups import Groups, initialize
+from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.optimizer import build_parts
 from phsa_megatron.training.step import ForwardStep, forward_backward, mean_loss, micro_batch_starts
 from tests.distributed.layout_matrix import AUTO, CONTIGUOUS, CP2, FULL, LAYOUTS, SP, SPARSE, TP2
 from tests.distributed.layout_worker import _gradient_pieces, lost_marks, lost_pooled_keys, set_weights
+from tests.distributed.multi_gpu_groups import KeptGroups, Laps
 
 LOSS_BOUND_FRAC = 2.0**-9  # of bf16, half the distance of neighbours: one rounding of every token's loss
 CP4, CP8 = ({"parallel__context_size": size} for size in (4, 8))
@@ -56,7 +56,10 @@ WITH_ROWS = ("pp2_rows2", "pp2_vpp2_rows2", "cp2_rows2")
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of the model and the text. `gpu` fills the kernels' tiles; `tiny` is for two cores."""
+    """Shapes of the model and the text. `gpu` fills the kernels' tiles; `tiny` is for two cores.
+
+    `gpu_shapes` shows on CPU processes, with the reference ops, that controls fail at the shapes of `gpu`.
+    """
 
     device: Device
     dtype: Dtype
@@ -75,6 +78,7 @@ SIZES = {
     "gpu": Size(Device.cuda, Dtype.bf16, KernelImpl.triton, 1024, 256, (8, 4, 64), 512, (16, 16, 64)),
     "tiny": Size(Device.cpu, Dtype.bf16, KernelImpl.reference, 64, 48, (6, 2, 8), 100, (4, 4, 8)),
 }
+SIZES["gpu_shapes"] = replace(SIZES["gpu"], device=Device.cpu, impl=KernelImpl.reference)
 
 
 def cases(processes: int) -> list[str]:
@@ -88,10 +92,16 @@ def cases(processes: int) -> list[str]:
         if count == processes and "_ep" not in name and ("rows2" not in name or name in WITH_ROWS)
     ]
     own.sort(key=lambda name: (not name.startswith("cp"), "full" in name or "selective" in name))
+    groups = [_group_sizes(name) for name in own]  # those with the same groups follow one another
+    own.sort(key=lambda name: groups.index(_group_sizes(name)))
     context = [name for name in own if name.startswith("cp")]
     broken = [f"lost_pooled_keys-{context[0]}"] if context else []
     sparse = [f"lost_marks-{name}" for name in context if name.endswith("sparse")][:1]
     return ["one_block_less-one", *context[:3], *broken, *sparse, *(n for n in own if n not in context[:3])]
+
+
+def _group_sizes(name: str) -> dict[str, Any]:
+    return {key: value for key, value in (LAYOUTS | BESIDE)[name][1].items() if key.endswith("_size")}
 
 
 def layout_config(size: Size, processes: int, changes: dict[str, Any]) -> TrainConfig:
@@ -168,6 +178,7 @@ class KeptBlocks:
 
 def take_step(config: TrainConfig, groups: Groups, size: Size) -> dict[str, Any]:
     """Return loss, this process's pieces of the gradients and what its queries selected."""
+    began_s = time.monotonic()
     parts = build_parts(config, groups)
     set_weights(parts.modules, groups)
     table = PunctuationTable.build(
@@ -178,6 +189,7 @@ def take_step(config: TrainConfig, groups: Groups, size: Size) -> dict[str, Any]
     tensor = groups.collection.tp
     kept = KeptBlocks(size, tensor.rank() * config.model.num_kv_heads // tensor.size())
     parts.zero_grad()
+    build_s = round(time.monotonic() - began_s, 2)
     step = ForwardStep(config, table, config.attention.train_topk, groups, kept)
     count = config.optim.micro_batch_sequences
     batches = [batch(size, first, count) for first in micro_batch_starts(config, groups, 0)]
@@ -186,20 +198,7 @@ def take_step(config: TrainConfig, groups: Groups, size: Size) -> dict[str, Any]
     pieces = [
         (k, shape, where, x.float().cpu()) for k, shape, where, x in _gradient_pieces(parts.modules, groups)
     ]
-    return {"loss": loss, "pieces": pieces, "selected": kept.found}
-
-
-@contextmanager
-def alone(config: TrainConfig) -> Iterator[Groups]:
-    """Groups of this process by itself, whoever else runs."""
-    names = ("RANK", "WORLD_SIZE")
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
-    groups = initialize(config)
-    try:
-        yield groups
-    finally:
-        groups.close()
-        os.environ.update(kept)
+    return {"loss": loss, "pieces": pieces, "selected": kept.found, "build_s": build_s}
 
 
 def assemble(ranks: list[dict[str, Any]], size: Size) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -236,24 +235,25 @@ class References:
     one_loss: float
 
     @classmethod
-    def kept(cls, size: Size, path: Path) -> References:
+    def kept(cls, size: Size, path: Path, groups: KeptGroups) -> References:
         """Return what an earlier start of this session has computed, or compute it."""
         if path.exists():
             return cls(**torch.load(path))
-        taken = cls.take(size)
+        taken = cls.take(size, groups)
         part = path.with_suffix(".part")
         torch.save(vars(taken), part)
         part.rename(path)
         return taken
 
     @classmethod
-    def take(cls, size: Size) -> References:
+    def take(cls, size: Size, kept: KeptGroups) -> References:
         """Compute both on this process alone."""
         exact = replace(size, dtype=Dtype.fp32, impl=KernelImpl.reference)
         steps = []
         for version in (exact, size):
             config = layout_config(version, 1, {})
-            with alone(config) as groups:
+            with kept.of(config) as groups:
+                assert groups is not None, "the references are process 0's"
                 steps.append(take_step(config, groups, version))
         (truth, truth_blocks), (one, one_blocks) = (assemble([step], size) for step in steps)
         return cls(truth, truth_blocks, one, one_blocks, steps[1]["loss"])
@@ -294,37 +294,34 @@ class References:
 
 
 def run_case(
-    name: str, size: Size, processes: int, references: References | None, folder: Path
+    name: str, size: Size, processes: int, references: References | None, folder: Path, kept: KeptGroups
 ) -> dict[str, Any]:
     """Take one layout's step on all processes; process 0 compares and returns what it found.
 
     `references` is given on process 0 only.
     """
     fault, layout = name.split("-") if "-" in name else ("", name)
-    rank = int(os.environ.get("RANK", "0"))
-    if layout == "one":
-        if rank:
+    one = layout == "one"
+    count, changes = (1, {"attention__train_topk": 1}) if one else (LAYOUTS | BESIDE)[layout]
+    config, laps, ranks = layout_config(size, count, changes), Laps(), []
+    faults = {"lost_pooled_keys": lost_pooled_keys, "lost_marks": lost_marks}
+    with kept.of(config) as groups:
+        if groups is None:
             return {}
-        config = layout_config(size, 1, {"attention__train_topk": 1})
-        with alone(config) as groups:
-            ranks = [take_step(config, groups, size)]
-    else:
-        config = layout_config(size, processes, (LAYOUTS | BESIDE)[layout][1])
-        groups = initialize(config)
-        context = {"lost_pooled_keys": lost_pooled_keys, "lost_marks": lost_marks}.get(fault, nullcontext)
-        with context():
+        laps.end("groups_s")
+        with faults.get(fault, nullcontext)():
             mine = take_step(config, groups, size)
-        path = folder / "step.{}.pt"
-        torch.save(mine, str(path).format(rank))
+        laps.end("step_s")
+        torch.save(mine, folder / f"step.{groups.rank}.pt")
         groups.barrier()
-        ranks = []
-        if rank == 0:
-            ranks = [torch.load(str(path).format(r), weights_only=False) for r in range(processes)]
+        if groups.rank == 0:
+            files = [folder / f"step.{rank}.pt" for rank in range(count)]
+            ranks = [torch.load(file, weights_only=False) for file in files]
         groups.barrier()  # the next case writes to the same files
-        groups.close()
     if references is None:
         return {}
     row = references.compare(ranks, size)
+    laps.end("compare_s")
     # A control has passed its test if the comparison fails.
     row["passed"] = not row["in_gradients"] if fault else row["within"]
-    return row | {"control": fault}
+    return row | {"control": fault, "build_s": ranks[0]["build_s"]} | laps.seconds

@@ -10,15 +10,15 @@ LAYERS_OF_8B = 36
 
 def page(report: dict[str, Any]) -> str:
     """Return the page of a report; what is missing is named."""
-    kinds = {
-        kind: [c for c in report["cases"] if c["kind"] == kind] for kind in ("layout", "timing", "resume")
-    }
+    cases = _named(report)
+    kinds = {kind: [c for c in cases if c["kind"] == kind] for kind in ("layout", "timing", "resume")}
+    commits = sorted({case["commit"] for case in cases})
     lines = [
         f"# {report['processes']} processes: {report['device']}",
         "",
         f"`tests/distributed/multi_gpu.py --processes {report['processes']} --size {report['size']}`, torch "
-        f"{report['torch']}, megatron-core {report['megatron_core']}, NCCL {report.get('nccl', '-')}, commit "
-        f"{report['commit']}.",
+        f"{report['torch']}, megatron-core {report['megatron_core']}, NCCL {report.get('nccl', '-')}, "
+        + (f"commit {commits[0]}." if len(commits) == 1 else f"commits {', '.join(commits)}, named by case."),
     ]
     if kinds["layout"]:
         lines += ["", "## Layouts against one process", "", *_layouts(kinds["layout"])]
@@ -26,13 +26,24 @@ def page(report: dict[str, Any]) -> str:
         lines += ["", "## Times", "", *_times(kinds["timing"])]
         lines += _by_layer(kinds["timing"])
     for case in kinds["resume"]:
-        lines += ["", "## From N processes to N / 2 and back", "", *_resume(case)]
-    failed = [case["name"] for case in report["cases"] if "error" in case or case.get("passed") is False]
+        lines += ["", f"## {case['shown']}: from N processes to N / 2 and back", "", *_resume(case)]
+    notes = [f"- {case['shown']}: {case['note']}" for case in cases if "note" in case]
+    lines += ["", "## Notes", "", *notes] if notes else []
+    failed = [case["shown"] for case in cases if "error" in case or case.get("passed") is False]
     lines += [
         "",
         f"Failed: {', '.join(failed) or 'none'}. Not run: {', '.join(report['not_run']) or 'none'}.",
     ]
+    again = [case["shown"] for case in cases if case.get("again")]
+    lines[-1] += f" To be run again: {', '.join(again)}." if again else ""
     return "\n".join(lines) + "\n"
+
+
+def _named(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all cases with `shown`: the name, and the commit where not all are of one."""
+    cases = [{"commit": report["commit"]} | case for case in report["cases"]]
+    several = len({case["commit"] for case in cases}) > 1
+    return [case | {"shown": case["name"] + f" @ {case['commit'][:7]}" * several} for case in cases]
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -48,10 +59,10 @@ def _layouts(cases: list[dict[str, Any]]) -> list[str]:
     rows = []
     for case in cases:
         if "worst_distance" not in case:
-            rows.append([case["name"], "failed", "", "", "", "no"])
+            rows.append([case["shown"], "failed", "", "", "", "no"])
             continue
         rows.append([
-            case["name"], f"{case['worst_distance']:.2e} / {case['worst_bound']:.2e}",
+            case["shown"], f"{case['worst_distance']:.2e} / {case['worst_bound']:.2e}",
             f"{case['mean_distance']:.2e} / {case['mean_of_one']:.2e}", f"{case['loss_frac']:.1e}",
             f"{case['other_blocks_frac']:.2%} / {case['other_blocks_of_one_frac']:.2%}",
             "yes" if case["passed"] else "no",
@@ -71,15 +82,16 @@ def _times(cases: list[dict[str, Any]]) -> list[str]:
     rows = []
     for case in cases:
         if "step_s" not in case:
-            rows.append([case["name"], *[""] * 7, "failed"])
+            rows.append([case["shown"], *[""] * 8, "failed"])
             continue
         one, gpus = alone.get(_shape(case)), case["gpus"]
         efficiency = case["tokens_per_s"] / gpus / one["tokens_per_s"] if one else None
         plan = case.get("plan_step_s")
         rows.append([
-            case["name"], str(case["layers"]), f"{case['step_s']:.3f}", f"{case['tokens_per_s']:,.0f}",
-            "" if efficiency is None else f"{efficiency:.2f}", f"{case.get('nccl_exposed_s', 0):.3f}",
-            f"{case['sent_mib']:,.0f}", f"{case.get('peak_gib', 0):.1f}",
+            case["shown"], str(case["layers"]), f"{case['step_s']:.3f}", f"{case['tokens_per_s']:,.0f}",
+            "" if efficiency is None else f"{efficiency:.2f}", f"{case.get('computing_s', 0):.3f}",
+            f"{case.get('nccl_exposed_s', 0):.3f}", f"{case['sent_mib']:,.0f}",
+            f"{case['peak_gib']:.1f}" if "peak_gib" in case else "",
             "" if plan is None else f"{plan:.3f} ({plan / case['step_s'] - 1:+.0%}), {case['plan_gib']:.1f}",
         ])  # fmt: skip
     columns = [
@@ -88,16 +100,22 @@ def _times(cases: list[dict[str, Any]]) -> list[str]:
         "s/step",
         "tokens/s",
         "efficiency",
+        "computing, s",
         "exposed communication, s",
         "MiB sent for keys",
     ]
     columns += ["peak GiB", "plan: s/step, GiB"]
     note = (
-        "Efficiency: tokens/s of a GPU over those of one GPU alone. Random tokens and fresh weights: "
-        "neighbours share hardly any block. Dense attention is torch's scaled_dot_product_attention over all "
+        "Efficiency: tokens/s of a GPU over those of one GPU alone. Computing: while a kernel runs that is "
+        "not NCCL's; exposed communication, waiting for other processes included: while only NCCL's do. In "
+        "the rest of a step the GPU waits for the host. Random tokens and fresh weights: neighbours share "
+        "hardly any block. Dense attention is torch's scaled_dot_product_attention over all "
         "keys, gathered (no Transformer Engine, no ring). Recomputation is full; vocabularies of 8,192 leave "
         "most of the output layer's time out."
     )
+    launches = sorted(case["launch_us"] for case in cases if "launch_us" in case)
+    if launches:
+        note += f" A launch took the host {launches[0]:.1f} to {launches[-1]:.1f} us."
     return [*_table(columns, rows), "", note]
 
 

@@ -12,16 +12,17 @@ row. Steps of `8b` are of 1 and of 3 layers; their difference is two layers' tim
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.autograd import DeviceType
 
 from phsa_megatron.attention.punctuation import PunctuationTable
@@ -33,12 +34,12 @@ from phsa_megatron.config.planning.search import Estimator
 from phsa_megatron.config.schema import PunctuationLanguage, PunctuationMatch, TrainConfig
 from phsa_megatron.data.batches import Batch
 from phsa_megatron.parallel.exchange import traffic
-from phsa_megatron.parallel.groups import Groups, initialize
+from phsa_megatron.parallel.groups import Groups
 from phsa_megatron.training.optimizer import build_parts
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.state import TrainState
 from phsa_megatron.training.step import train_step
-from tests.distributed.multi_gpu_layouts import alone
+from tests.distributed.multi_gpu_groups import KeptGroups, Laps
 
 SMALL_VOCAB = 8192
 COMPILE_S = 60.0
@@ -66,33 +67,35 @@ def case(model: str, seq_len: int, context: int, **more: Any) -> dict[str, Any]:
 
 
 def cases(processes: int, size: str) -> list[dict[str, Any]]:
-    """Return a run's cases, the most important first."""
-    sizes = [1, *(n for n in (2, 4, 8) if n <= processes)]
-    if size == "tiny":
-        tiny = [case("tiny", 1024, n, layers=2, vocab=128, steps=1) for n in sizes[:2]]
+    """Return a run's cases, the most telling first; of a few, those of one process before the others."""
+    sizes = [1, *(n for n in (8, 4, 2) if n <= processes)]
+    if size != "gpu":
+        tiny = [case("tiny", 1024, n, layers=2, vocab=128, steps=1) for n in (1, 2)[:processes]]
         return [
             *tiny,
             *([tiny[1] | {"exchange": "block_sparse", "name": "tiny_sparse"}] if processes > 1 else []),
         ]
     ways = [(1, "all_gather")] + [(n, way) for n in sizes[1:] for way in ("all_gather", "block_sparse")]
     small = {"vocab": SMALL_VOCAB}
-    found = [case("0p6b", 32768, n, exchange=way) for n, way in ways]
-    found += [case("0p6b", 131072, n, exchange=way, **small) for n, way in ways]
+    found = [case("0p6b", 131072, n, exchange=way, **small) for n, way in ways]
     for layers in (1, 3):
         found += [case("8b", 131072, n, exchange=way, layers=layers, **small) for n, way in ways]
-    last = sizes[-1]
+    found.sort(key=lambda one: (one["context"] > 1, -one["context"]))  # few changes of groups
+    last = max(sizes)
     dense = small | {"attention": "dense", "steps": 2}
-    for layers in (1, 3):
-        found += [case("0p6b", 131072, n, layers=layers, **dense) for n in {1, last}]
-    for layers in (1, 3):
-        found += [case("8b", 131072, last, layers=layers, **dense)]
     if last > 1:
         for layers in (1, 3):
             found += [
                 case("8b", 524288, last, exchange=way, layers=layers, steps=2, **small)
-                for _, way in ways[-2:]
+                for way in ("all_gather", "block_sparse")
             ]
-        found += [case("0p6b", 131072, last, exchange=way, documents=16, **small) for _, way in ways[-2:]]
+    for model in ("8b", "0p6b"):
+        found += [case(model, 131072, last, layers=layers, **dense) for layers in (1, 3)]
+    if last > 1:
+        for way in ("all_gather", "block_sparse"):
+            found.append(case("0p6b", 131072, last, exchange=way, documents=16, **small))
+        found += [case("0p6b", 131072, 1, layers=layers, **dense) for layers in (1, 3)]
+    found += [case("0p6b", 32768, n, exchange=way) for n, way in ways]
     return _with_compilation(found)
 
 
@@ -105,6 +108,15 @@ def _with_compilation(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             one["timeout_s"] += COMPILE_S
             seen.add(kernels)
     return found
+
+
+def compiled_shapes(case: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what the shapes of compiled functions follow from.
+
+    Where it changes the compiler has to forget: a second shape would get kernels for any size, and a run of
+    its own gets none of those.
+    """
+    return case["model"], case["seq_len"] // case["context"], case["vocab"]
 
 
 def config_of(case: dict[str, Any], processes: int) -> TrainConfig:
@@ -149,30 +161,21 @@ def batch_of(config: TrainConfig, documents: int) -> Batch:
     )
 
 
-@contextmanager
-def groups_of(config: TrainConfig, context: int) -> Iterator[Groups]:
-    """Groups of all processes, or of this one alone."""
-    if context == 1:
-        with alone(config) as groups:
-            yield groups
-        return
-    groups = initialize(config)
-    try:
-        yield groups
-    finally:
-        groups.close()
+def run_case(case: dict[str, Any], processes: int, kept: KeptGroups, quiet: Path) -> dict[str, Any]:
+    """Time a case and return its row on process 0; a case of one process leaves the others out.
 
-
-def run_case(case: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Time a case and return its row on process 0; a case of one process leaves the others out."""
-    rank = int(os.environ.get("RANK", "0"))
-    config = config_of(case, processes)
-    if case["context"] == 1 and rank:
-        return {}
-    with groups_of(config, case["context"]) as groups:
-        row = _measure(config, groups, case)
+    The step that compiles does not wait for `quiet`, a file; those that are timed do.
+    """
+    config, laps = config_of(case, processes), Laps()
+    with kept.of(config) as groups:
+        if groups is None:
+            return {}
+        laps.end("groups_s")
+        row = _measure(config, groups, case, laps, quiet)
+    # Megatron caches angles by the layer that made them, whose hooks hold the model and its gradients.
+    RotaryEmbedding.forward.cache_clear()
     gc.collect()
-    return row if rank == 0 else {}
+    return row if groups.rank == 0 else {}
 
 
 @contextmanager
@@ -193,7 +196,9 @@ def repeated_weights() -> Iterator[None]:
         yield
 
 
-def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any]) -> dict[str, Any]:
+def _measure(
+    config: TrainConfig, groups: Groups, case: dict[str, Any], laps: Laps, quiet: Path
+) -> dict[str, Any]:
     on_gpu = groups.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -206,6 +211,7 @@ def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any]) -> dict[
     ).to(groups.device)
     batches = [batch_of(config, case["documents"])]
     state, progress = TrainState(), Progress()
+    laps.end("build_s")
 
     def step() -> float:
         groups.barrier()
@@ -216,6 +222,10 @@ def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any]) -> dict[
         return time.perf_counter() - began_s
 
     first_s = step()
+    laps.end("compile_s")
+    while not quiet.exists():
+        time.sleep(0.05)
+    laps.end("wait_s")
     traffic.take()
     times = [step() for _ in range(case["steps"])]
     sent = traffic.take()[0] / len(times)
@@ -229,14 +239,28 @@ def _measure(config: TrainConfig, groups: Groups, case: dict[str, Any]) -> dict[
         "tokens_per_s": config.optim.global_batch_sequences * config.data.seq_len_tokens / step_s,
         "sent_mib": sent / 2**20, "recompute": config.parallel.recompute.value,
     }  # fmt: skip
+    laps.end("timed_s")
     if on_gpu:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["launch_us"] = _launch_us(groups.device)
         row |= _planned(config)
         try:
             row |= _communication(step)
         except RuntimeError as error:  # the times are there: a profiler that does not start costs its own
             row["profile_error"] = str(error)[:500]
-    return row
+    laps.end("profile_s")
+    return row | laps.seconds
+
+
+def _launch_us(device: torch.device, launches: int = 1000) -> float:
+    """Return what the host takes for one small kernel: below this no step can be made of launches."""
+    numbers = torch.zeros(16, device=device)
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    for _ in range(launches):
+        numbers.add_(1.0)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began_s) / launches * 1e6
 
 
 def _planned(config: TrainConfig) -> dict[str, Any]:
