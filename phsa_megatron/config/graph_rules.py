@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from phsa_megatron.config.rule_messages import broken
 from phsa_megatron.config.schema import (
     AttentionKind,
+    ContextExchange,
     CudaGraphs,
     Device,
     KernelImpl,
@@ -36,15 +37,27 @@ def cuda_graphs(config: TrainConfig) -> Iterator[str]:
 
 def _layout(config: TrainConfig) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
-    sizes = ("tensor_size", "pipeline_size", "context_size", "expert_size")
+    sizes = ("tensor_size", "pipeline_size", "expert_size")
     wide = [f"parallel.{name}={getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1]
     if wide:
-        yield f"a recording holds no communication ({', '.join(wide)})", "set these sizes to 1"
+        yield (
+            f"a recording holds no communication but the exchange of keys ({', '.join(wide)})",
+            "set these sizes to 1",
+        )
+    if parallel.context_size > 1 and parallel.context_exchange != ContextExchange.all_gather:
+        yield (
+            f"the host has to know which blocks are sent (parallel.context_exchange="
+            f"{parallel.context_exchange})",
+            "set parallel.context_exchange=all_gather",
+        )
     # The wrapper starts both from inside of the passes, and a replay runs no Python.
     overlaps = ("overlap_grad_reduce", "overlap_param_gather")
     on = [f"parallel.{name}" for name in overlaps if getattr(parallel, name)]
     if on:
-        yield f"a recording holds no communication ({', '.join(on)})", f"set {' and '.join(on)} to false"
+        yield (
+            f"a recording holds no communication but the exchange of keys ({', '.join(on)})",
+            f"set {' and '.join(on)} to false",
+        )
 
 
 def _passes(config: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -86,5 +86,6 @@ class ComputeConfig:
     """Linear layers in FP8 with this scaling recipe; needs layers=transformer_engine."""
     cuda_graphs: CudaGraphs = CudaGraphs.none
     """micro_batch: forward and backward pass of a micro-batch are recorded as CUDA graphs and replayed, so
-    that the host need not launch every kernel; the same kernels, to the last bit. For one model copy a device
-    without recomputation, for PHSA by Triton or dense attention over whole sequences; refused elsewhere."""
+    that the host need not launch every kernel; the same kernels, to the last bit. With data and context
+    parallelism (context_exchange=all_gather), without recomputation, for PHSA by Triton or dense attention
+    over whole sequences; refused elsewhere."""

@@ -193,7 +193,8 @@ METRICS: dict[str, Metric] = {
             "Time a step stood in communication that it waited for: blocking collectives, and of those "
             "beside computation the wait alone; waiting for slower processes included; on a GPU by the "
             "device's clock. A part of the three times above (and of the wait for a pipeline's first input), "
-            "not to be added to them. Not logged by one process.",
+            "not to be added to them. Without that of passes that compute.cuda_graphs replays. Not logged "
+            "by one process.",
         ),
         Metric(
             "perf/slowest_ratio",

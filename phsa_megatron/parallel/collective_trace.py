@@ -82,6 +82,16 @@ def listen(listener: Listener | None) -> None:
     _Last.listener = listener
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Hand no collective of the block to the listener: nothing happens there that takes time."""
+    kept, _Last.listener = _Last.listener, None
+    try:
+        yield
+    finally:
+        _Last.listener = kept
+
+
 def is_running() -> bool:
     """Whether the main thread is in a collective now."""
     return _Last.depth > 0

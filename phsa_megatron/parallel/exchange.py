@@ -13,7 +13,8 @@ gradients are summed inside the node before they cross. The bytes that are sent 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,19 @@ class Traffic:
         total, across = self._bytes
         self._bytes = [0, 0]
         return total, across
+
+    @contextmanager
+    def apart(self, sent: list[int]) -> Iterator[None]:
+        """Put what is sent inside of the block into `sent` instead of counting it."""
+        kept, self._bytes = self._bytes, [0, 0]
+        try:
+            yield
+        finally:
+            sent[:], self._bytes = self._bytes, kept
+
+    def again(self, sent: list[int]) -> None:
+        """Count what `apart` put aside."""
+        self._bytes = [a + b for a, b in zip(self._bytes, sent, strict=True)]
 
 
 traffic = Traffic()

@@ -3,8 +3,10 @@
 The host launches some 180 kernels in a layer's two passes. Where a micro-batch is short or the host slow, the
 device waits for it: recorded, a pass is one launch. Shapes of a micro-batch never depend on data and nothing
 in its passes is read by the host, so that kernels, their order and their results are those of the eager
-passes, to the last bit. What a recording cannot hold is refused by the rules of `compute.cuda_graphs`, or is
-computed eagerly in the steps that need it: those that look at selections or logits, and injected faults.
+passes, to the last bit. The exchange of keys under context parallelism is recorded with the rest; its time is
+then not in `perf/communication_s`. What a recording cannot hold is refused by the rules of
+`compute.cuda_graphs`, or is computed eagerly in the steps that need it: those that look at selections or
+logits, and injected faults.
 
 Its activations stay in memory of the graphs between steps. So a recording is given back before anything else
 computes, and made again afterwards; that takes one micro-batch's host time.
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from phsa_megatron.config.schema import AttentionKind
 from phsa_megatron.data.batches import Batch
+from phsa_megatron.parallel import collective_trace
+from phsa_megatron.parallel.exchange import traffic
 from phsa_megatron.training.forward_step import ForwardStep, Inputs
 
 _COPIED = tuple(field.name for field in fields(Inputs) if field.name != "host_cu_seqlens")
@@ -46,8 +50,11 @@ class Recording:
 
     def __init__(self, work: Callable[[], Any], stream: Any, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._sent = [0, 0]
         # Of this thread only: others pin the memory of batches to come meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        # Collectives are recorded, not made: nobody may time them, and each replay sends their bytes.
+        with collective_trace.unheard(), traffic.apart(self._sent), recording:
             self._result = work()
 
     @property
@@ -58,6 +65,7 @@ class Recording:
     def replay(self) -> Any:
         """Launches the kernels, and returns what they fill."""
         self._graph.replay()
+        traffic.again(self._sent)
         return self._result
 
     def release(self) -> None:
@@ -144,10 +152,9 @@ class MicroBatchGraph:
             self.release()
             self._record(model, batch, forward_step)
             self._key = key
-        assert self._inputs is not None
+        given = Inputs.of_batch(batch, forward_step.groups)
         for name in _COPIED:
-            source = batch.tokens if name == "own_tokens" else getattr(batch, name)
-            getattr(self._inputs, name).copy_(source, non_blocking=True)
+            getattr(self._inputs, name).copy_(getattr(given, name))
         forward, backward = self._passes
         forward_step.enter("forward")
         num_tokens, rows = forward.replay()

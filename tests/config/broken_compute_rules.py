@@ -2,6 +2,7 @@
 
 from phsa_megatron.config.schema import (
     AttentionKind,
+    ContextExchange,
     CudaGraphs,
     Device,
     Elementwise,
@@ -85,10 +86,18 @@ BROKEN_COMPUTE += [
             {"cluster.device": Device.cpu, "attention.impl": KernelImpl.reference},
             ["graphs are CUDA's", "set cluster.device=cuda, or compute.cuda_graphs=none"],
         ),
-        ({"parallel.overlap_grad_reduce": True}, ["no communication", "overlap_grad_reduce to false"]),
+        ({"parallel.overlap_grad_reduce": True}, ["no communication but", "overlap_grad_reduce to false"]),
         (
-            {"parallel.context_size": 2, "cluster.processes_per_node": 2},
-            ["no communication (parallel.context_size=2)", "sizes to 1"],
+            {"parallel.tensor_size": 2, "cluster.processes_per_node": 2},
+            ["no communication but the exchange of keys (parallel.tensor_size=2)", "sizes to 1"],
+        ),
+        (
+            {
+                "parallel.context_size": 2,
+                "parallel.context_exchange": ContextExchange.auto,
+                "cluster.processes_per_node": 2,
+            },
+            ["parallel.context_exchange=auto", "set parallel.context_exchange=all_gather"],
         ),
         ({"parallel.recompute": Recompute.mlp}, ["parallel.recompute=mlp", "set parallel.recompute=none"]),
         ({"compute.loss": Loss.whole}, ["compute.loss=whole", "set compute.loss=chunked"]),

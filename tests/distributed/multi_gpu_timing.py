@@ -5,6 +5,7 @@ Weights are fresh and tokens random, so that neighbouring queries share hardly a
 block-sparse exchange then sends nearly all keys. `documents` cuts a row into so many, as packing does, and a
 process needs only the blocks of documents that it holds a part of.
 
+`graphs`: both passes replayed (`compute.cuda_graphs=micro_batch`), where the host is the slower side.
 Where a whole model or its logits do not fit, a case has fewer layers or a smaller vocabulary: both are in its
 row. Steps of `8b` are of 1 and of 3 layers; their difference is two layers' time.
 """
@@ -51,18 +52,26 @@ TINY = [
     "attention.local_tokens=8", "compute.norm=torch",
 ]  # fmt: skip
 
+GRAPHS = [
+    "compute.cuda_graphs=micro_batch",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
+]
+
 
 def case(model: str, seq_len: int, context: int, **more: Any) -> dict[str, Any]:
     """Return a case; `context` = 1 is one process alone."""
     made = {
         "kind": "timing", "model": model, "seq_len": seq_len, "context": context, "attention": "phsa",
         "exchange": "all_gather", "layers": None, "vocab": None, "documents": 1, "steps": 3, "timeout_s": 90,
+        "recompute": "full", "graphs": False,
     } | more  # fmt: skip
     parts = [model, f"{seq_len // 1024}k", f"cp{context}", made["attention"]]
     if context > 1 and made["attention"] == "phsa":
         parts.append(made["exchange"])
     parts += [f"{made['layers']}layers"] if made["layers"] else []
     parts += [f"{made['documents']}documents"] if made["documents"] > 1 else []
+    parts += ["graphs"] if made["graphs"] else []
     return made | {"name": "_".join(parts)}
 
 
@@ -95,7 +104,10 @@ def cases(processes: int, size: str) -> list[dict[str, Any]]:
         for way in ("all_gather", "block_sparse"):
             found.append(case("0p6b", 131072, last, exchange=way, documents=16, **small))
         found += [case("0p6b", 131072, 1, layers=layers, **dense) for layers in (1, 3)]
-    found += [case("0p6b", 32768, n, exchange=way) for n, way in ways]
+    short = {"recompute": "none"}
+    for n in sizes:
+        found += [case("0p6b", 32768, n, exchange=way, **short) for size, way in ways if size == n]
+        found.append(case("0p6b", 32768, n, graphs=True, **short))
     return _with_compilation(found)
 
 
@@ -129,13 +141,14 @@ def config_of(case: dict[str, Any], processes: int) -> TrainConfig:
         settings = [f"recipe={case['attention']}_{case['model']}_pretrain_8gpu_h100_bf16_32k"]
     settings += [
         "run.name=multi_gpu", "parallel.tensor_size=1", "parallel.sequence_parallel=false",
-        "parallel.recompute=full", f"parallel.context_size={context}",
+        f"parallel.recompute={case['recompute']}", f"parallel.context_size={context}",
         f"parallel.context_exchange={case['exchange']}", f"cluster.processes_per_node={used}",
         f"data.seq_len_tokens={case['seq_len']}", f"optim.global_batch_sequences={used // context}",
         "optim.micro_batch_sequences=1", "data.max_documents_per_sequence=16",
     ]  # fmt: skip
     settings += [f"model.num_layers={case['layers']}"] if case["layers"] else []
     settings += [f"model.vocab_size={case['vocab']}"] if case["vocab"] else []
+    settings += GRAPHS if case["graphs"] else []
     return run_to_plan(settings)
 
 
@@ -222,6 +235,8 @@ def _measure(
         return time.perf_counter() - began_s
 
     first_s = step()
+    if case["graphs"]:
+        step()  # records
     laps.end("compile_s")
     while not quiet.exists():
         time.sleep(0.05)

@@ -237,7 +237,7 @@ def test_times_change_groups_and_compiled_shapes_seldom():
     assert places == [1, 2, 1, 2]
     # 0.6B and 8B at 128k, alone and in halves; 8B at 512k; dense attention and documents; 0.6B at 32k.
     shapes = [key for key, _ in itertools.groupby(map(compiled_shapes, found))]
-    assert len(found) == 24 and len(shapes) == 10
+    assert len(found) == 26 and len(shapes) == 10
     assert compiled_shapes(found[0]) != compiled_shapes(found[3]), "half of the tokens is another shape"
 
 

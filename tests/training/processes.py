@@ -15,6 +15,7 @@ from tests.forks import ROOT, Fork, environment
 
 __all__ = ["ROOT", "Ended", "environment", "finish", "free_port", "run_processes", "start"]
 TIMEOUT_S = 240
+TRAIN = "phsa_megatron.train:main"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(config: TrainConfig, ranks: list[int], **more: str) -> list[Fork]:
+def start(config: TrainConfig, ranks: list[int], call: str = TRAIN, **more: str) -> list[Fork]:
     """Start some of the processes of a run."""
     folder = prepare_run_folder(config).folder
     world_size = config.cluster.num_nodes * config.cluster.processes_per_node
@@ -52,7 +53,7 @@ def start(config: TrainConfig, ranks: list[int], **more: str) -> list[Fork]:
     )
     return [
         Fork(
-            "phsa_megatron.train:main",
+            call,
             [str(folder.config_file)],
             shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -76,7 +77,7 @@ def finish(config: TrainConfig, processes: list[Fork], began_s: float) -> Ended:
     )
 
 
-def run_processes(config: TrainConfig, ranks: list[int], **more: str) -> Ended:
+def run_processes(config: TrainConfig, ranks: list[int], call: str = TRAIN, **more: str) -> Ended:
     """Start some of the processes of a run and wait for them."""
     began_s = time.monotonic()
-    return finish(config, start(config, ranks, **more), began_s)
+    return finish(config, start(config, ranks, call, **more), began_s)

@@ -6,55 +6,30 @@ its first replay. Whether CUDA can record the passes is a question for a GPU: th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from phsa_megatron.attention.max_logit import MaxLogitRecorder
+from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.topk_schedule import step_topk
+from phsa_megatron.monitoring.records import read_records
 from phsa_megatron.training import micro_batch_graph
 from phsa_megatron.training.faults import VARIABLE, Faults
 from phsa_megatron.training.micro_batch_graph import MicroBatchGraph
 from phsa_megatron.training.progress import Progress
 from phsa_megatron.training.step import NonFiniteStepError, train_step
 from tests.training.bench import same
-
-
-class HostRecording:
-    """Computes at every replay, into the same tensors."""
-
-    made: list[HostRecording] = []
-
-    def __init__(self, work, stream, pool):
-        self.work, self.pool, self.result, self.released = work, "a pool", None, False
-        assert pool == ("a pool" if len(self.made) % 2 else None), (
-            "the backward pass shares the forward's memory"
-        )
-        self.made.append(self)
-
-    def replay(self):
-        assert not self.released
-        result = self.work()
-        if result is not None:
-            if self.result is None:
-                self.result = result
-            for kept, new in zip(self.result, result, strict=True):
-                kept.copy_(new)
-        return self.result
-
-    def release(self):
-        self.released = True
+from tests.training.host_recording import HostRecording, stand_in
+from tests.training.processes import run_processes
 
 
 @pytest.fixture
 def on_host(monkeypatch):
     """Gives a bench the stand-in."""
-    monkeypatch.setattr(micro_batch_graph, "Recording", HostRecording)
+    stand_in(monkeypatch.setattr)
     monkeypatch.setattr(HostRecording, "made", [])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(MicroBatchGraph, "on_own_stream", lambda self: nullcontext())
 
     def recorded(bench):
         bench.parts.graph = MicroBatchGraph(torch.device("cpu"))
@@ -147,6 +122,32 @@ def test_phases_are_told_of_replayed_passes_too(bench, on_host):
     progress.on_enter.append(heard.append)
     train_step(made.parts, made.batches(), made.table, made.state, progress)
     assert heard == ["forward", "backward"] * 4 + ["optimizer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
+def test_the_exchange_of_keys_is_recorded_too(tiny_config, sharding):
+    """Two context-parallel processes, several micro-batches: curve and bytes are those of eager passes."""
+    found = []
+    for name in ("eager", "recorded"):
+        settings = {
+            "run.name": name,
+            "parallel.context_size": 2,
+            "parallel.context_sharding": sharding,
+            "parallel.context_exchange": "all_gather",
+            "cluster.processes_per_node": 2,
+            "monitoring.log_every_steps": 1,
+        }
+        config = tiny_config(**SMALL, **settings)
+        call = "phsa_megatron.train:main" if name == "eager" else "tests.training.host_recording:main"
+        ended = run_processes(config, [0, 1], call=call)
+        assert ended.codes == [0, 0], ended.everything()
+        assert ("recorded on the host" in ended.everything()) == (name == "recorded")
+        records = read_records(RunFolder.of(config).metrics_file).values_by_step.values()
+        keys = ("train/loss_nats", "optim/grad_norm", "perf/context_sent_bytes_per_layer")
+        found.append([[step[key] for key in keys] for step in records if keys[0] in step])
+    assert len(found[0]) == config.run.train_steps and found[0][0][2] > 0
+    assert found[0] == found[1]
 
 
 ON_GPU = {
