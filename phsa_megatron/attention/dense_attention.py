@@ -26,8 +26,11 @@ _FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""torch's own order leaves cuDNN for last, which is about twice as fast as flash on an H100. It plans every
-new length anew, so it is asked only where all documents have one length: where a sequence is a document."""
+"""cuDNN is about twice as fast as flash on an H100. But it plans every new length anew, which takes the host
+tens of milliseconds, forward and backward: it is asked only where all documents have one length, as where a
+sequence is a document. Some versions of torch put it last by themselves, others first, so both orders are
+said."""
+_OF_ANY_LENGTH = _FASTEST_FIRST[1:]
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,16 @@ def dense(
         q, k, v = (x.view(len(bounds), length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return _causal(q, k, v, scale).transpose(1, 2).reshape(query.shape)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
+    whole = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
+    # Split and not sliced: the backward pass of a slice fills a tensor of all tokens for each document.
+    lengths = [end - start for start, end in bounds]
     documents = []
-    for start, end in bounds:
-        part = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
-        if window is None or end - start <= max(dense_len_tokens, window.local_tokens):
-            documents.append(_causal(*part, scale))
+    for q, k, v in zip(*(torch.split(x, lengths, dim=2) for x in whole), strict=True):
+        if window is None or q.shape[2] <= max(dense_len_tokens, window.local_tokens):
+            with sdpa_kernel(_OF_ANY_LENGTH, set_priority=True):
+                documents.append(_causal(q, k, v, scale))
         else:
-            documents += _windowed(*part, scale, window)
+            documents += _windowed(q, k, v, scale, window)
     return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
 
 

@@ -3,7 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
 
+from phsa_megatron.attention import dense_attention
 from phsa_megatron.attention.core_attention import DenseCoreAttention, PHSACoreAttention
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
@@ -68,6 +71,33 @@ def test_dense_equals_masked_softmax_in_output_and_gradients(heads, kv_heads):
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bounds", "asked"), [([0, 48, 96], True), (BOUNDS, False)])
+def test_dense_asks_cudnn_only_where_all_documents_have_one_length(monkeypatch, bounds, asked):
+    """cuDNN plans every new length anew; torch's own order, which differs by version, must not be met."""
+    allowed = []
+
+    def attention(*inputs, **settings):
+        first = torch._C._get_sdp_priority_order()[0]
+        cudnn_first = first == int(SDPBackend.CUDNN_ATTENTION) and torch.backends.cuda.cudnn_sdp_enabled()
+        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), cudnn_first))
+        return scaled_dot_product_attention(*inputs, **settings)
+
+    monkeypatch.setattr(dense_attention, "scaled_dot_product_attention", attention)
+    _attention(DenseCoreAttention)(*_qkv(), None, packed_seq_params=_info(bounds=bounds))
+    assert allowed == [(asked, asked)] * (1 if asked else 5)
+
+
+def test_dense_documents_are_split_and_not_sliced():
+    """The backward pass of a slice fills a tensor of all tokens for each document."""
+    out = _attention(DenseCoreAttention)(*_qkv(), None, packed_seq_params=_info())
+    names, ahead = set(), [out.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        names.add(node.name())
+        ahead += [before for before, _ in node.next_functions if before is not None]
+    assert "SplitWithSizesBackward0" in names and "SliceBackward0" not in names
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 2), (16, 1)])

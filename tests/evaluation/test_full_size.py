@@ -192,7 +192,7 @@ def test_the_page_shows_what_is_there(tmp_path):
     before = summary([{"cat": "kernel", "name": "gemm", "ts": 0.0, "dur": 45e4}], 0.6)
     before |= {"name": "dense_32k", "commit": "e" * 40}
     page.write_json(tmp_path / page.EARLIER_PROFILE_FILE, [before])
-    curves = {"curves": {"phsa": [2.0, 1.0], "dense": [2.0, 1.5]}, "device": "GPU", "commit": "c" * 40}
+    curves = {"curves": {"phsa": [2.0, 1.0, 0.5], "dense": [2.0, 1.5]}, "device": "GPU", "commit": "c" * 40}
     curves["commits"] = {"dense": "f" * 40}
     page.write_json(tmp_path / page.CURVES_FILE, curves)
     page.write_json(tmp_path / page.OPS_FILE, {"ops_ms": {"SwiGLU": {"torch": 1.0, "compiled": "no"}}})
@@ -204,7 +204,21 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert "| | dense_32k before | dense_32k | least |" in text and "Before: commit `eeeeeeeeeeee`" in text
     assert re.search(r"\| linear layers \| 450.0 \| 400.0 \| 47\d.\d \|", text)
     assert "| SwiGLU | 1.0 | no |" in text
-    assert "On one GPU, commit `cccccccccccc` and `ffffffffffff`" in text
-    assert "| phsa | 2 | 1.5000 | 1.5000 |" in text
+    assert "`cccccccccccc` (phsa_k2_32k, dense_32k, dense_4k) and `dddddddddddd` (dense_128k)" in text
+    assert "PHSA, k = 2: commit `cccccccccccc`, dense, cuDNN: commit `ffffffffffff`" in text
+    assert "| | steps | 1 to 10 | 1 to 2 |" in text and "| PHSA, k = 2 | 3 | 1.5000 | 1.5000 |" in text
+    assert "Packed rows" not in text
     assert (tmp_path / "h100_training.png").stat().st_size > 1000
     assert json.loads((tmp_path / page.ROWS_FILE).read_text()) == rows
+
+
+def test_the_page_says_what_packed_rows_of_dense_attention_are_worth(tmp_path):
+    names = ("phsa_k2_32k_packed", "dense_32k_packed", "phsa_k2_32k")
+    rows = [measured(name, speed) for name, speed in zip(names, (300.0, 100.0, 80.0), strict=True)]
+    page.write_json(tmp_path / page.ROWS_FILE, rows)
+    text = page.write_page(tmp_path).read_text()
+    assert "Packed rows are no gate" in text and "went to cuDNN" not in text
+    assert re.search(r"\| dense_32k_packed \| - \| 1\.000 \| not modelled \| \d+\.\d \| 50\.0 \|", text)
+    rows[1]["commit"] = page._PLANNED_EVERY_LENGTH
+    page.write_json(tmp_path / page.ROWS_FILE, rows)
+    assert "went to cuDNN" in page.write_page(tmp_path).read_text()

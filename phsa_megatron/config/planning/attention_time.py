@@ -4,6 +4,10 @@ Rows are of one document on one GPU (`h100_attention.json`, made from the benchm
 measured lengths time is a power of the length, between measured k it is linear. Beyond the longest row,
 selection and dense attention grow with the square of the length, everything else linearly; below the
 shortest, everything shrinks linearly, so that short texts are not promised what was not measured.
+
+The sequences of a micro-batch are one launch of each kernel. It takes no longer than its sequences one after
+the other, and PHSA's no longer than one document of all their tokens, by attended pairs: the smaller of both
+is taken. A sequence of 4k alone leaves a part of the GPU idle, which eight together do not.
 """
 
 from __future__ import annotations
@@ -125,9 +129,10 @@ def attention_time(config: TrainConfig) -> AttentionTime:
     heads = min(rows.group, key=lambda h: abs(math.log(rows.group[h] / group)))
     if rows.group[heads] != group:
         notes.append(f"R = {group:g} has no rows: those of R = {rows.group[heads]:g}, by query heads")
-    # A process has a part of the heads (TP) and of the queries (CP); sequences of a micro-batch add up.
+    # A process has a part of the heads (TP) and of the queries (CP).
     scale = model.num_query_heads / config.parallel.tensor_size / heads
-    scale *= config.optim.micro_batch_sequences / config.parallel.context_size
+    scale /= config.parallel.context_size
+    sequences = config.optim.micro_batch_sequences
     scale *= model.head_dim / rows.header["head_dim"]
     if model.head_dim != rows.header["head_dim"]:
         notes.append(f"head dim {model.head_dim} has no rows: those of 128, by channels")
@@ -139,6 +144,7 @@ def attention_time(config: TrainConfig) -> AttentionTime:
             notes.append("documents up to attention.dense_len_tokens: cuDNN's rows")
         forward = rows.dense[heads, "fwd"].at(length, _SQUARE)
         both = rows.dense[heads, "fwd_bwd"].at(length, _SQUARE)
+        scale *= sequences
         return AttentionTime(scale * forward, scale * (both - forward), 0.0, tuple(notes))
     if attention.kind != AttentionKind.phsa:
         raise ConfigError(
@@ -148,26 +154,38 @@ def attention_time(config: TrainConfig) -> AttentionTime:
         raise ConfigError(
             "attention.impl=reference: only the Triton kernels have measured times; set attention.impl=triton"
         )
-    forward, backward, select = _phsa_ms(rows, heads, attention, length, notes)
+    forward, backward, select = _phsa_ms(rows, heads, attention, length, sequences, notes)
     return AttentionTime(scale * forward, scale * backward, scale * select, tuple(notes))
 
 
 def _phsa_ms(
-    rows: Table, heads: int, attention: AttentionConfig, length: int, notes: list[str]
+    rows: Table, heads: int, attention: AttentionConfig, length: int, sequences: int, notes: list[str]
 ) -> tuple[float, float, float]:
     """Return (forward, backward, selection) of all heads of a row's shape, on one process."""
     k, measured = attention.train_topk, rows.header
     if k > rows.topks(heads, "module", "fwd")[-1]:
         notes.append(f"k = {k} is beyond the rows: extrapolated")
-    longest = rows.dense[heads, "fwd"].lengths[-1]
-    inside = min(length, longest)
-    select = rows.phsa_ms(heads, "select", "fwd", k, length, _SQUARE)
-    # The module is timed for every k, the stages for two; its rest grows linearly beyond the longest row.
-    rest = {
-        which: rows.phsa_ms(heads, "module", which, k, inside, _LINEAR)
-        - rows.phsa_ms(heads, "select", "fwd", k, inside, _SQUARE)
-        for which in ("fwd", "fwd_bwd")
-    }
+    of_rows = (measured["block"], measured["init_tokens"], measured["local_tokens"], k)
+
+    def select_ms(tokens: int) -> float:
+        return rows.phsa_ms(heads, "select", "fwd", k, tokens, _SQUARE)
+
+    def rest_ms(tokens: int) -> tuple[float, float]:
+        # The module is timed for every k, the stages for two; its rest grows linearly beyond the longest row.
+        inside = min(tokens, rows.dense[heads, "fwd"].lengths[-1])
+        forward, both = (
+            rows.phsa_ms(heads, "module", which, k, inside, _LINEAR) for which in ("fwd", "fwd_bwd")
+        )
+        return tokens / inside * (forward - select_ms(inside)), tokens / inside * (both - forward)
+
+    # As one document of all tokens of the micro-batch: its sequences have fewer pairs.
+    joined = sequences * length
+    fewer = sequences * _pairs(length, *of_rows) / _pairs(joined, *of_rows)
+    select = min(sequences * select_ms(length), select_ms(joined))
+    forward, backward = (
+        min(sequences * one, fewer * all_tokens)
+        for one, all_tokens in zip(rest_ms(length), rest_ms(joined), strict=True)
+    )
     if measured["block"] != attention.block_tokens:
         notes.append(f"blocks of {attention.block_tokens} have no rows: selection by the number of blocks")
     select *= measured["block"] / attention.block_tokens
@@ -179,7 +197,6 @@ def _phsa_ms(
     if attention.group_score.value != measured["group_score"]:
         notes.append(f"{attention.group_score.value} has no rows: those of {measured['group_score']}")
     own = (attention.block_tokens, attention.init_tokens, attention.local_tokens, k)
-    of_rows = (measured["block"], measured["init_tokens"], measured["local_tokens"], k)
     pairs = _pairs(length, *own) / _pairs(length, *of_rows)
     if own != of_rows:
         notes.append(
@@ -187,9 +204,8 @@ def _phsa_ms(
             f"{measured['init_tokens']} + {measured['local_tokens']}"
             + (", by attended pairs" if pairs > 1 else ", an upper bound")
         )
-    beyond = max(1.0, pairs) * length / inside
-    forward = select + rest["fwd"] * beyond
-    return forward, (rest["fwd_bwd"] - rest["fwd"]) * beyond, select
+    more = max(1.0, pairs)
+    return select + more * forward, more * backward, select
 
 
 @lru_cache(maxsize=256)

@@ -93,6 +93,31 @@ def test_a_process_takes_its_part_of_heads_and_queries(large):
     assert rows.select_ms == pytest.approx(3 * one.select_ms)
 
 
+@pytest.mark.parametrize("topk", [2, 16])
+def test_sequences_of_a_micro_batch_are_one_launch(large, topk):
+    """Eight of 4k fill a GPU that one leaves idle: no slower than one by one, nor than one of 32k, whose
+    attention has more pairs; by the rows alone."""
+
+    def at(length, count=1, **changes):
+        row = {"heads_q": 16, "topk": topk, "seq_len_tokens": length}
+        changes |= {"optim__micro_batch_sequences": count, "optim__global_batch_sequences": 1024}
+        return attention_time(_row(large, row, **changes))
+
+    one, eight, long = at(4096), at(4096, 8), at(32768)
+    assert eight.select_ms == pytest.approx(8 * one.select_ms) and eight.select_ms < long.select_ms
+    # 4,096 queries see 640 + 16 k tokens, less what the first ones have before them.
+    seen = 640 + 16 * topk
+    fewer = 8 * (4096 - seen / 2) / (32768 - seen / 2)
+    rest = long.forward_ms - long.select_ms
+    assert eight.forward_ms - eight.select_ms == pytest.approx(fewer * rest, rel=0.01)
+    assert eight.backward_ms == pytest.approx(fewer * long.backward_ms, rel=0.01)
+    assert eight.forward_ms + eight.backward_ms < 0.9 * 8 * (one.forward_ms + one.backward_ms)
+    # Where one sequence fills the GPU, one by one is the smaller bound of the backward pass.
+    assert at(32768, 4).backward_ms == pytest.approx(4 * long.backward_ms)
+    dense = (at(4096, n, attention__kind=AttentionKind.dense).forward_ms for n in (1, 8))
+    assert next(dense) * 8 == pytest.approx(next(dense))
+
+
 def test_k_between_the_rows_lies_between_them(large):
     times = [attention_time(large(attention__train_topk=k)).forward_ms for k in (8, 12, 16, 24)]
     assert times == sorted(times)
