@@ -131,7 +131,7 @@ class SlurmCluster:
     def run(self, *command: str) -> str:
         """Return what a command prints; it must succeed."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{command} left with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
