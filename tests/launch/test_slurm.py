@@ -151,7 +151,10 @@ def test_a_crashed_process(place, straight):
 
 def test_a_hopeless_failure_gives_up_with_the_exit_code(place):
     run = place.submit(
-        "hopeless", "cluster.setup_lines=['exit 7']", "cluster.max_failures_without_progress=2"
+        # One node fails, and srun ends the other one's task, whose code is higher.
+        "hopeless",
+        "cluster.setup_lines=['[ \"$SLURM_NODEID\" = 1 ] && sleep 20; exit 7']",
+        "cluster.max_failures_without_progress=2",
     )
     job = run.wait()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "7:0", "1"), run.console
