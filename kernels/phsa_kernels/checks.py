@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 IMPLS = ("reference", "triton")
+VECTORS = {"mean": 1, "halves": 2}
+"""Kinds of pooled keys that all implementations have, and how many vectors a block has."""
 
 
 def implementation(

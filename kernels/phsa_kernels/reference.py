@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from phsa_kernels.api import token_positions
+from phsa_kernels.checks import VECTORS
 
 _CHUNK_QUERIES = 128
-_VECTORS = {"mean": 1, "halves": 2}
-"""Kinds of pooled keys, and how many vectors a block has."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -33,9 +32,9 @@ def _lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
 
 def pool(k: Tensor, weights: Tensor | None, cu_seqlens: Tensor, *, block_tokens: int, kind: str) -> Tensor:
     """Return the pooled keys [Tk // m, Hkv, V, D]; see `phsa_kernels.api.pool`."""
-    if kind not in _VECTORS:
-        raise NotImplementedError(f"kind={kind!r}: impl='reference' has the kinds {', '.join(_VECTORS)}")
-    vectors = _VECTORS[kind]
+    if kind not in VECTORS:
+        raise NotImplementedError(f"kind={kind!r}: impl='reference' has the kinds {', '.join(VECTORS)}")
+    vectors = VECTORS[kind]
     num_tokens, num_heads, head_dim = k.shape
     m, wide = block_tokens, _wide(k.dtype)
     _lengths(cu_seqlens, num_tokens)  # for its check

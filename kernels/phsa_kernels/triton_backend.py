@@ -8,12 +8,11 @@ from triton.runtime.jit import JITFunction
 
 from phsa_kernels import ops
 from phsa_kernels.attend.forward import forward_kernel
+from phsa_kernels.checks import VECTORS
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-VECTORS = {"mean": 1, "halves": 2}
-"""Kinds of pooled keys, and how many vectors a block has."""
 SCORES = ("dot", "max_of_two")
 MAX_GROUP = 16
 MAX_TOPK = 64

@@ -9,8 +9,8 @@ from phsa_megatron.config.rule_messages import Rule, broken
 from phsa_megatron.config.schema import Device, Elementwise, Fp8, Layers, Loss, Norm, Recompute, TrainConfig
 from phsa_megatron.config.selector_kinds import learned_selector
 
-_WIDEST_TRITON_NORM = 16384
-"""`model/norm_kernels.py` says why; this room opens without torch."""
+WIDEST_NORM = 16384
+"""Numbers of a row of compute.norm=triton at most: a row is in one program's registers."""
 
 
 def _chunked_loss(config: TrainConfig) -> Iterator[str]:
@@ -46,11 +46,11 @@ def _norm(config: TrainConfig) -> Iterator[str]:
     if config.compute.norm != Norm.triton:
         return
     yield from _needs_gpu(config, "norm", "Triton's kernels need a GPU", Norm.torch.value)
-    if config.model.hidden_size > _WIDEST_TRITON_NORM:
+    if config.model.hidden_size > WIDEST_NORM:
         yield broken(
             "compute.norm",
             config.compute.norm,
-            f"its kernels hold rows of up to {_WIDEST_TRITON_NORM} numbers (model.hidden_size="
+            f"its kernels hold rows of up to {WIDEST_NORM} numbers (model.hidden_size="
             f"{config.model.hidden_size})",
             "set compute.norm=torch",
         )

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phsa_megatron.config.compute_rules import WIDEST_NORM
+
 _TILE_NUMBERS = 4096  # of one program's step
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: each keeps a sum of its rows for the weight
-WIDEST = 16384
-"""Numbers of a row at most: a row is in one program's registers."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,9 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: another dtype or width.
     """
     width = x.shape[-1]
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or width > WIDEST:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or width > WIDEST_NORM:
         raise ValueError(
-            f"compute.norm=triton normalizes rows of up to {WIDEST} bf16, fp16 or fp32 numbers, not "
+            f"compute.norm=triton normalizes rows of up to {WIDEST_NORM} bf16, fp16 or fp32 numbers, not "
             f"{width} of {x.dtype}: set compute.norm=torch"
         )
     out: Tensor = _RMSNorm.apply(x, weight, eps)

@@ -1,6 +1,6 @@
 """A micro-batch's forward and backward pass as two CUDA graphs, recorded once and replayed.
 
-The host launches some 180 kernels in a layer's two passes. Where a micro-batch is short or the host slow, the
+The host launches every kernel of every layer. Where a micro-batch is short or the host slow, the
 device waits for it: recorded, a pass is one launch. Shapes of a micro-batch never depend on data and nothing
 in its passes is read by the host, so that kernels, their order and their results are those of the eager
 passes, to the last bit. The exchange of keys under context parallelism is recorded with the rest; its time is

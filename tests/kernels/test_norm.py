@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from phsa_megatron.model.norm_kernels import WIDEST, rms_norm
+from phsa_megatron.config.compute_rules import WIDEST_NORM
+from phsa_megatron.model.norm_kernels import rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -93,14 +94,9 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((2, 64), torch.float64), ((1, WIDEST + 1), torch.float32)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 64), torch.float64), ((1, WIDEST_NORM + 1), torch.float32)]
+)
 def test_what_it_cannot_take_is_named(shape, dtype):
     with pytest.raises(ValueError, match="set compute.norm=torch"):
         rms_norm(torch.ones(shape, dtype=dtype), torch.ones(shape[-1], dtype=dtype), EPS)
-
-
-def test_the_rule_on_width_is_that_of_the_kernels():
-    from phsa_megatron.config import compute_rules
-    from phsa_megatron.model import norm_kernels
-
-    assert compute_rules._WIDEST_TRITON_NORM == norm_kernels.WIDEST
