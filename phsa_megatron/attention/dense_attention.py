@@ -1,14 +1,17 @@
-"""Full causal and sliding-window attention inside every document, by torch's scaled_dot_product_attention.
+"""Full causal and sliding-window attention inside every document, by torch's own kernels.
 
-Documents are attended one by one, so that work is the sum of their squared lengths (of their lengths times
-the window) and no mask of S x S exists. megatron's own local attention builds that mask and knows no
-documents. Letters as in `core_attention.py`.
+Work is the sum of documents' squared lengths (of their lengths times the window) and no mask of S x S exists.
+megatron's own local attention builds that mask and knows no documents. On a GPU documents of many lengths are
+one launch; elsewhere they are attended one by one. Letters as in `core_attention.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ tens of milliseconds, forward and backward: it is asked only where all documents
 sequence is a document. Some versions of torch put it last by themselves, others first, so both orders are
 said."""
 _OF_ANY_LENGTH = _FASTEST_FIRST[1:]
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def dense(
         q, k, v = (x.view(len(bounds), length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
             return _causal(q, k, v, scale).transpose(1, 2).reshape(query.shape)
+    if window is None and query.is_cuda and query.dtype in _FLASH_DTYPES and _varlen() is not None:
+        return _packed(query, key, value, side_info, scale)
     whole = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
     # Split and not sliced: the backward pass of a slice fills a tensor of all tokens for each document.
     lengths = [end - start for start, end in bounds]
@@ -79,6 +85,30 @@ def dense(
         else:
             documents += _windowed(q, k, v, scale, window)
     return torch.cat(documents, dim=2).squeeze(0).transpose(0, 1).reshape(query.shape)
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, scale: float | None) -> Tensor:
+    """Return [T, Hq, D]: causal attention in documents of any lengths, by one kernel for all of them."""
+    attend, bounds = _varlen(), side_info.cu_seqlens
+    assert attend is not None
+    longest = max(end - start for start, end in side_info.document_bounds())
+    out: Tensor = attend(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0)
+    )
+    return out
+
+
+@cache
+def _varlen() -> Callable[..., Any] | None:
+    """Return torch's flash attention for documents of many lengths; None before torch 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # Groups have always shared keys; from 2.12 on it has to be said.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

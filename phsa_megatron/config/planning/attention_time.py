@@ -117,8 +117,16 @@ def table() -> Table:
     )
 
 
-def attention_time(config: TrainConfig) -> AttentionTime:
+def attention_time(
+    config: TrainConfig, document_tokens: float | None = None, packed_slowdown: float = 1.0
+) -> AttentionTime:
     """Return the time of one layer's attention for one micro-batch on one process of this run.
+
+    Args:
+        config: the run.
+        document_tokens: length of the document that a token is in, in the mean over tokens, where dense
+            attention keeps packed documents apart; None takes every sequence to be one document.
+        packed_slowdown: of dense attention's kernel for documents of many lengths, against cuDNN's.
 
     Raises:
         ConfigError: the run's attention has no measured rows at all.
@@ -142,8 +150,12 @@ def attention_time(config: TrainConfig) -> AttentionTime:
     if is_dense(length, attention):
         if attention.kind == AttentionKind.phsa:
             notes.append("documents up to attention.dense_len_tokens: cuDNN's rows")
-        forward = rows.dense[heads, "fwd"].at(length, _SQUARE)
-        both = rows.dense[heads, "fwd_bwd"].at(length, _SQUARE)
+        forward, both = (rows.dense[heads, which].at(length, _SQUARE) for which in ("fwd", "fwd_bwd"))
+        if document_tokens is not None and attention.kind == AttentionKind.dense:
+            forward, both = (
+                packed_slowdown * _packed_ms(rows.dense[heads, which], length, document_tokens)
+                for which in ("fwd", "fwd_bwd")
+            )
         scale *= sequences
         return AttentionTime(scale * forward, scale * (both - forward), 0.0, tuple(notes))
     if attention.kind != AttentionKind.phsa:
@@ -156,6 +168,12 @@ def attention_time(config: TrainConfig) -> AttentionTime:
         )
     forward, backward, select = _phsa_ms(rows, heads, attention, length, sequences, notes)
     return AttentionTime(scale * forward, scale * backward, scale * select, tuple(notes))
+
+
+def _packed_ms(curve: Curve, tokens: int, document_tokens: float) -> float:
+    """Return the time of so many tokens in documents: all are one launch, so short ones fill the GPU too."""
+    row = max(round(document_tokens), curve.lengths[0])
+    return curve.at(row, _SQUARE) * tokens / row * document_tokens / row
 
 
 def _phsa_ms(

@@ -9,8 +9,9 @@ Nothing in the plan is fitted to these rows. A file holds a list of rows like
 `perf/step_time_s` and `memory/peak_gib` report them.
 
 The plan takes every sequence to be one document. PHSA's time hardly depends on that, so its rows are compared
-whatever they pack. Dense attention's does: it is the sum of the squares of documents' lengths, which the plan
-does not know, in as many calls. Of such rows only the memory is compared.
+whatever they pack. Dense attention's is the sum of the squares of documents' lengths: a row of packed
+documents says `document_tokens`, that sum over the sum of the lengths. Of one that does not, only the memory
+is compared.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Comparison:
         measured_step_s: of the row.
         predicted_gib: by the memory model, without the reserve.
         measured_gib: of the row.
-        time_modelled: False where the plan does not know what the time depends on.
+        time_modelled: False where the row does not say what the time depends on.
     """
 
     name: str
@@ -102,14 +103,15 @@ def compare(row: dict[str, Any]) -> Comparison:
     """Return a row's measured values with the plan's prediction for the same settings."""
     arguments = [f"recipe={row['recipe']}", *row["overrides"]]
     config = run_to_plan(arguments)
-    estimate = Estimator(config, Machine.of(config)).estimate(config)
+    lengths = row.get("document_tokens") if config.data.isolate_documents else None
+    estimate = Estimator(config, Machine.of(config)).estimate(config, lengths)
     return Comparison(
         name=" ".join([row["recipe"], *row["overrides"]]),
         predicted_step_s=estimate.time.step_s,
         measured_step_s=row["step_time_s"],
         predicted_gib=estimate.memory.total_gib,
         measured_gib=row["peak_memory_gib"],
-        time_modelled=not _packs_dense(config),
+        time_modelled=lengths is not None or not _packs_dense(config),
     )
 
 

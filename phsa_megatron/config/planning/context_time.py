@@ -15,19 +15,23 @@ from phsa_megatron.config.schema import ContextSharding, TrainConfig
 
 
 def process_attention(
-    config: TrainConfig, machine: Machine, copies: ContextCopies | None = None
+    config: TrainConfig,
+    machine: Machine,
+    copies: ContextCopies | None = None,
+    document_tokens: float | None = None,
 ) -> AttentionTime:
     """Return the time of one layer's attention for one micro-batch on the process that takes longest.
 
     Args:
-        config: the run; every sequence is one document.
+        config: the run.
         machine: whose speed of a copy is read.
         copies: what the run's code moves; None is this version's code.
+        document_tokens: see `attention_time`; None takes every sequence to be one document.
 
     Raises:
         ConfigError: the run's attention has no measured rows at all.
     """
-    share = attention_time(config)
+    share = attention_time(config, document_tokens, machine.packed_slowdown.value)
     if config.parallel.context_size == 1:
         return share
     moved = context_copies(config) if copies is None else copies

@@ -92,6 +92,12 @@ class Machine:
         )
     )
     """What a layer takes however small it is, besides its attention."""
+    packed_slowdown: Input = field(
+        default_factory=lambda: _assumed(
+            1.75, "times cuDNN's", "flash, which takes packed documents of many lengths, at 32k and 128k"
+        )
+    )
+    """Time of dense attention where packed documents are kept apart, against cuDNN's for as many pairs."""
     reserve_gib: Input = field(
         default_factory=lambda: _assumed(
             5.0, "GiB", "CUDA context, NCCL's buffers, fragmentation, and 80 GB cards that hold 79.6 GiB"

@@ -180,13 +180,13 @@ class Estimator:
             length, config.model, parameters, config.attention
         )
 
-    def estimate(self, config: TrainConfig) -> Estimate:
-        """Return what a run takes in its own layout."""
+    def estimate(self, config: TrainConfig, document_tokens: float | None = None) -> Estimate:
+        """Return what a run takes in its own layout; `document_tokens` as in `attention_time`."""
         padded = flops.padded_vocab_size(config.model, config.parallel.tensor_size)
         parameters = self._count(config, padded)
         data, micro_batches = data_parallel_size(config), micro_batches_per_step(config)
         memory = estimate_memory(config, parameters, padded, data, micro_batches)
-        time = step_time(config, self.machine, parameters, padded)
+        time = step_time(config, self.machine, parameters, padded, document_tokens)
         sequences = config.optim.global_batch_sequences
         peak = world_size(config) * self.machine.peak_tflops * 1e12
         return Estimate(

@@ -89,11 +89,15 @@ class _Pass:
 
 
 def step_time(
-    config: TrainConfig, machine: Machine, parameters: ParameterCount, padded_vocab: int
+    config: TrainConfig,
+    machine: Machine,
+    parameters: ParameterCount,
+    padded_vocab: int,
+    document_tokens: float | None = None,
 ) -> StepTime:
-    """Return the predicted time of a step of this run."""
+    """Return the predicted time of a step of this run; `document_tokens` as in `attention_time`."""
     parallel, micro_batches = config.parallel, micro_batches_per_step(config)
-    attention = process_attention(config, machine)
+    attention = process_attention(config, machine, document_tokens=document_tokens)
     sent = communication(config, parameters, padded_vocab)
     forward, backward = (
         _layer(config, machine, attention, backward=False),

@@ -158,6 +158,7 @@ class Measurement:
             "micro_batch": setting.micro_batch,
             "tokens_per_step": derived.tokens_per_step,
             "num_documents": len(timing.document_tokens[-1]),
+            "document_tokens": round(timing.tokens_of_a_tokens_document, 1),
             "step_ms": round(timing.median_s * 1e3, 2),
             "step_time_s": timing.median_s,
             "steps_ms": [round(s * 1e3, 2) for s in timing.step_s],

@@ -58,6 +58,12 @@ class Timing:
     document_tokens: list[list[int]]
 
     @property
+    def tokens_of_a_tokens_document(self) -> float:
+        """Return the length of the document that a token is in, in the mean over the timed steps' tokens."""
+        lengths = [tokens for step in self.document_tokens for tokens in step]
+        return sum(tokens**2 for tokens in lengths) / sum(lengths)
+
+    @property
     def median_s(self) -> float:
         """Return the median step."""
         return statistics.median(self.step_s)

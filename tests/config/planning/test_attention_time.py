@@ -172,3 +172,17 @@ def test_kernel_workspace_is_what_was_measured(large, row):
     results = tokens * (2 * heads * 256 + 2 * 8 * 256 + 4 * heads) / 2**20
     dense = kernel_workspace_bytes(_row(large, row, attention__kind=AttentionKind.dense)) / 2**20
     assert dense == pytest.approx(row["cudnn_peak_extra_mib"] - results, rel=0.01, abs=0.5)
+
+
+@pytest.mark.parametrize("document_tokens", [8192, 4096, 1024])
+def test_dense_attention_over_packed_documents_takes_the_pairs_inside_them(large, document_tokens):
+    """From the shortest row on as many documents as there are, below it by pairs; slower than cuDNN's."""
+    config = large(**ONE_GPU, data__seq_len_tokens=32768, attention__kind=AttentionKind.dense)
+    row = max(document_tokens, 4096)
+    one = attention_time(large(**ONE_GPU, data__seq_len_tokens=row, attention__kind=AttentionKind.dense))
+    packed = attention_time(config, document_tokens, 1.5)
+    times = 1.5 * 32768 / row * document_tokens / row
+    assert packed.forward_ms == pytest.approx(times * one.forward_ms)
+    assert packed.backward_ms == pytest.approx(times * one.backward_ms)
+    phsa = large(**ONE_GPU, data__seq_len_tokens=32768)
+    assert attention_time(phsa, document_tokens, 1.5) == attention_time(phsa)

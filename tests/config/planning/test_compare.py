@@ -72,8 +72,8 @@ def test_a_prediction_is_compared_with_its_row():
     assert compare(made_up(1.1, 0.95)).within
 
 
-def test_of_packed_dense_attention_only_the_memory_is_compared():
-    """Its time is a sum of squares of lengths that the plan does not know."""
+def test_packed_dense_attention_without_its_lengths_is_compared_by_memory_alone():
+    """Its time is a sum of squares of lengths, which a row says as `document_tokens`."""
     row = made_up(1, 1) | {"recipe": RECIPE.replace("phsa", "dense")}
     one, packed = (
         compare(row | {"overrides": [*OVERRIDES, f"data.isolate_documents={told}"], "step_time_s": 9e9})
@@ -81,6 +81,11 @@ def test_of_packed_dense_attention_only_the_memory_is_compared():
     )
     assert one.time_modelled and not one.within and one.cells()[2] == "-100.0%"
     assert not packed.time_modelled and packed.cells()[2] == "not modelled"
+    long_rows = [*OVERRIDES, "data.isolate_documents=true", "data.seq_len_tokens=32768"]
+    short, long = (
+        compare(row | {"overrides": long_rows, "document_tokens": tokens}) for tokens in (8e3, 3e4)
+    )
+    assert short.time_modelled and short.predicted_step_s < long.predicted_step_s
     near = {"peak_memory_gib": packed.predicted_gib, "step_time_s": 9e9}
     told = {"overrides": [*OVERRIDES, "data.isolate_documents=true"]}
     assert compare(row | told | near).within
