@@ -136,13 +136,13 @@ def _configure(variant: Variant, seed: int, overrides: list[str], runs: Path) ->
     ]
     config = compose(arguments).config
     config.attention = with_eager_choice(config.attention)
-    validate(config)
     learned = learned_selector(config.attention)
     if learned is not None or config.attention.align_coeff:
         raise ConfigError(
             f"--variants {variant.name}: {learned or 'attention.align_coeff'} trains more than the rest: "
             "units of a seed would not be alike; the study takes selectors without parameters"
         )
+    validate(config)
     if world_size(config) != 1:
         raise ConfigError("the study trains in one process: set cluster=local_gpu or cluster=local_cpu")
     return config
