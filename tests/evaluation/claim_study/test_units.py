@@ -13,7 +13,7 @@ from phsa_megatron.evaluation.claim_study.units import (
     views_of,
 )
 
-CPU = ["cluster=local_cpu", "attention.impl=reference", "run.dtype=fp32"]
+CPU = ["cluster=local_cpu", "attention.impl=reference", "compute.norm=torch", "run.dtype=fp32"]
 
 
 @pytest.fixture(scope="module")
