@@ -89,9 +89,16 @@ def dense(
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, scale: float | None) -> Tensor:
     """Return [T, Hq, D]: causal attention in documents of any lengths, by one kernel for all of them."""
-    attend, bounds = _varlen(), side_info.cu_seqlens
+    attend, documents = _varlen(), side_info.document_bounds()
     assert attend is not None
-    longest = max(end - start for start, end in side_info.document_bounds())
+
+    def starts() -> Tensor:
+        # The micro-batch has places for many more documents, and empty ones are work for this kernel.
+        ends = [0, *(end for _, end in documents)]
+        return torch.tensor(ends, dtype=torch.int32).to(query.device, non_blocking=True)
+
+    bounds = side_info.once("document_starts", starts)
+    longest = max(end - start for start, end in documents)
     out: Tensor = attend(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0)
     )

@@ -30,13 +30,14 @@ def pool_halves(shape, k, weights, impl):
     return api.pool(k.detach(), weights, cu_seqlens, **options)
 
 
-def select(shape, q, pooled, impl, score="max_of_two"):
+def select(shape, q, pooled, impl, score="max_of_two", softmax_scale=None):
     cu_seqlens = shape.cu_seqlens(q.device)
     where = (
         *api.token_positions(cu_seqlens, shape.num_tokens),
         api.block_boundaries(cu_seqlens, shape.block_tokens),
     )
     options = {"topk": shape.topk, "group_score": shape.group_score, "score": score, "impl": impl}
+    options["softmax_scale"] = softmax_scale
     return api.select(q.detach(), pooled, *where, **shape.windows(), **options)
 
 
@@ -69,13 +70,14 @@ def test_a_half_is_pooled_by_its_own_tokens():
 
 @pytest.mark.parametrize("shape", SOME, ids=IDS)
 def test_selection_is_the_references_on_exact_scores(shape):
-    """Small integers, means of powers of two: every product is exact, and so is every tie."""
+    """Small integers, means of powers of two, a scale that is one: all products are exact, and so are ties."""
     q, k, *_ = random_inputs(shape, torch.float32, DEVICE, seed=3)
     q, k = (x.detach().mul(2).round() for x in (q, k))
     exact = dataclasses.replace(shape, group_score="raw_sum", topk=min(shape.topk, 3))
     pooled = pool_halves(exact, k, None, "triton")
     assert torch.equal(pooled, pool_halves(exact, k, None, "reference"))
-    assert torch.equal(*(select(exact, q, pooled, impl) for impl in ("triton", "reference")))
+    both = (select(exact, q, pooled, impl, softmax_scale=2.0**-3) for impl in ("triton", "reference"))
+    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("group_score", ["raw_sum", "softmax_sum"])
