@@ -38,8 +38,7 @@ def _scores(index: Index, q_doc: Tensor, cu_blocks: Tensor) -> Iterator[tuple[Te
     first = cu_blocks.tolist()
     # Scaled to stay of one size whatever the number of heads and channels.
     scale = (index.query.shape[2] * index.query.shape[3]) ** -0.5
-    for rows in _chunks_by_document(q_doc):
-        doc = int(q_doc[rows[0]])
+    for doc, rows in _chunks_by_document(q_doc):
         keys = index.key[first[doc] : first[doc + 1]].to(wide)
         dots = torch.einsum("ngje,bge->ngjb", index.query[rows].to(wide), keys).relu()
         yield rows, doc, (dots * index.weight[rows].to(wide)[..., None]).sum(2) * scale

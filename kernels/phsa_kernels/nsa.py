@@ -154,8 +154,8 @@ def compressed_attention(
     keys_of_doc = compressed_keys.split_with_sizes(counts)
     values_of_doc = compress(values, of_values, first).split_with_sizes(counts)
     rows_of_all, outs, ids = [], [], []
-    for rows in _chunks_by_document(q_doc):
-        doc, position = int(q_doc[rows[0]]), q_pos[rows].long()
+    for doc, rows in _chunks_by_document(q_doc):
+        position = q_pos[rows].long()
         queries = q[rows].to(_wide(q.dtype)).view(len(rows), num_kv_heads, -1, q.shape[2])  # [n, Hkv, R, D]
         share = _probabilities(queries, keys_of_doc[doc], position, scale)
         outs.append(torch.einsum("nhrw,whd->nhrd", share, values_of_doc[doc]).flatten(1, 2))

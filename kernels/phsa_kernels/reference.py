@@ -84,8 +84,7 @@ def select(
         )
     num_kv_heads = pooled.shape[1]
     ids = torch.full((len(q), num_kv_heads, topk), -1, dtype=torch.int32, device=q.device)
-    for rows in _chunks_by_document(q_doc):
-        doc = int(q_doc[rows[0]])
+    for doc, rows in _chunks_by_document(q_doc):
         keys = pooled[int(cu_blocks[doc]) : int(cu_blocks[doc + 1])]
         current = q_pos[rows].long() // block_tokens
         scores = _block_scores(q[rows], keys, current, group_score, softmax_scale)
@@ -151,8 +150,7 @@ def attend(
     lengths = _lengths(cu_seqlens, len(k))
     keys_of_doc, values_of_doc = k.split_with_sizes(lengths), v.split_with_sizes(lengths)
     rows_of_all, outs, lses = [], [], []
-    for rows in _chunks_by_document(q_doc):
-        doc = int(q_doc[rows[0]])
+    for doc, rows in _chunks_by_document(q_doc):
         num_keys = min(lengths[doc], int(q_pos[rows].max()) + 1)
         allowed = _allowed_keys(
             ids[rows],
@@ -174,12 +172,15 @@ def attend(
     return torch.cat(outs)[undo].to(q.dtype), torch.cat(lses)[undo].float()
 
 
-def _chunks_by_document(q_doc: Tensor, num_queries: int = _CHUNK_QUERIES) -> list[Tensor]:
-    """Return row indices of the queries, grouped by document, in chunks, covering every row once."""
+def _chunks_by_document(q_doc: Tensor, num_queries: int = _CHUNK_QUERIES) -> list[tuple[int, Tensor]]:
+    """Return documents with row indices of their queries, in chunks, covering every row once.
+
+    The device is waited for once, not for each document.
+    """
     order = q_doc.argsort(stable=True)
     chunks = []
-    for rows in order.split_with_sizes(q_doc.bincount().tolist()):
-        chunks += [rows[i : i + num_queries] for i in range(0, len(rows), num_queries)]
+    for doc, rows in enumerate(order.split_with_sizes(q_doc.bincount().tolist())):
+        chunks += [(doc, rows[i : i + num_queries]) for i in range(0, len(rows), num_queries)]
     return chunks
 
 

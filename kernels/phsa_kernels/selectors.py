@@ -238,10 +238,10 @@ def select_blocks(
 
     # Few large chunks keep a GPU busy; a CPU keeps small ones in its caches.
     chunk = _GPU_CHUNK_QUERIES if q.is_cuda else _CPU_CHUNK_QUERIES
-    for rows in _chunks_by_document(q_doc, chunk):
-        doc, position = int(q_doc[rows[0]]), q_pos[rows].long()
+    for doc, rows in _chunks_by_document(q_doc, chunk):
         if lengths[doc] < m:
             continue
+        position = q_pos[rows].long()
         current = position // m
         queries = q[rows].to(wide).reshape(len(rows), num_kv_heads, -1, q.shape[2])
         if kind == "infllm_v2":

@@ -70,7 +70,7 @@ def test_a_half_is_pooled_by_its_own_tokens():
 
 @pytest.mark.parametrize("shape", SOME, ids=IDS)
 def test_selection_is_the_references_on_exact_scores(shape):
-    """Small integers, means of powers of two, a scale that is one: all products are exact, and so are ties."""
+    """Small integers, means of powers of two and such a scale: products are exact, and so is every tie."""
     q, k, *_ = random_inputs(shape, torch.float32, DEVICE, seed=3)
     q, k = (x.detach().mul(2).round() for x in (q, k))
     exact = dataclasses.replace(shape, group_score="raw_sum", topk=min(shape.topk, 3))

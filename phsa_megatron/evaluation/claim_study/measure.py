@@ -7,7 +7,7 @@ parameters; a view then says how they attend. Every view sees the same sequences
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -214,26 +214,16 @@ class Model:
         return output, side_info
 
 
-def measure(
-    model: Model, questions: Questions, views: list[View], moved: Callable[[str], None]
-) -> dict[str, Any]:
-    """Returns what each view gives, ready for JSON.
+def measure(model: Model, questions: Questions, view: View) -> dict[str, Any]:
+    """Returns what a view gives, ready for JSON.
 
     Args:
         model: the trained model.
         questions: what it is asked.
-        views: how its layers attend.
-        moved: told what is under way, for the progress bar.
+        view: how its layers attend.
     """
-    found: dict[str, Any] = {}
-    for view in views:
-        moved(f"evaluates {view.name}")
-        with model.attending(view):
-            found[view.name] = {
-                **_text(model, view, questions),
-                "needles": _needles(model, view, questions),
-            }
-    return found
+    with model.attending(view):
+        return {**_text(model, view, questions), "needles": _needles(model, view, questions)}
 
 
 def _text(model: Model, view: View, questions: Questions) -> dict[str, Any]:

@@ -7,8 +7,10 @@ A fact gives a name a number of four digits. Three tasks:
     variable_tracking  one fact and two names that refer to it in a chain; the end of the chain is asked for
 
 Training documents and trials have one format, but text (training against held-out documents), numbers and
-places are drawn from other seeds. Training documents ask for every name that they hold. The places of all
-facts are uniform in the text; in a trial the fact that has the number stands at a chosen depth.
+places are drawn from other seeds. Training documents ask for every name that they hold, and those of
+multi_key, two thirds of them, hold up to a fact for every 64 tokens: from a few answers a document nothing is
+learned. The places of all facts are uniform in the text; in a trial the fact that has the number stands at a
+chosen depth.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ LANGUAGES = ("english", "chinese")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NUM_DIGITS = 4
 _NUM_KEYS = 8
+_TRAINING_WEIGHTS = (1, 4, 1)
+_MOST_KEYS, _TOKENS_A_KEY = 32, 64
+"""Of a training document; a fact and its answer take about 30 tokens."""
 _MIN_DOCUMENT_TOKENS = 192
 _LONGEST_SENTENCE_CHARS = 600
 
@@ -114,12 +119,14 @@ class RetrievalText:
     def document(self, seed: int, number: int, max_tokens: int) -> str:
         """Return a training document: a pure function of the arguments."""
         rng = random.Random(f"train/{self._language}/{seed}/{number}")
-        task = rng.choice(TASKS)
+        task = rng.choices(TASKS, _TRAINING_WEIGHTS)[0]
         low, high = math.log(min(_MIN_DOCUMENT_TOKENS, max_tokens)), math.log(max_tokens)
-        facts, answers = self._facts(rng, task, rng.randint(2, _NUM_KEYS))
+        num_tokens = int(math.exp(rng.uniform(low, high)))
+        most = max(2, min(_MOST_KEYS, num_tokens // _TOKENS_A_KEY))
+        facts, answers = self._facts(rng, task, rng.randint(2, most))
         rng.shuffle(answers)
         end = _JOIN[self._language].join(self._ask(*answer) + self._stop for answer in answers)
-        return self._text(rng, facts, end, int(math.exp(rng.uniform(low, high))), None)
+        return self._text(rng, facts, end, num_tokens, None)
 
     def trial(self, task: str, length_tokens: int, depth_frac: float, seed: int, number: int) -> Trial:
         """Return a trial: a pure function of the arguments."""

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,12 @@ def run_unit(
         unit: what to train.
         views: how to evaluate it.
         questions: what it is asked.
-        should_leave: asked after every step; True saves a checkpoint and leaves.
+        should_leave: asked after every step and view; True saves a checkpoint and leaves.
         hear: told how far it is.
 
     Returns:
-        The record, or None if it left before the end; the next call goes on from its checkpoint.
+        The record, or None if it left before the end; the next call goes on from its checkpoint, and from
+        the views that it has evaluated.
     """
     prepare_run_folder(unit.config)
     folder = RunFolder.of(unit.config)
@@ -123,26 +124,24 @@ def run_unit(
                 if groups.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 opened_s = time.perf_counter()
+                was_trained = run.state.step == run.config.run.train_steps
                 if not _train(run, should_leave, hear):
                     return None
                 run.meter.stop(run.state)  # brings the time of training up to date, over all its starts
-                trained_s = time.perf_counter()
                 peak = torch.cuda.max_memory_allocated() / 2**30 if groups.device.type == "cuda" else None
-                hear(Heard(run.derived.total_tokens, "evaluates"))
-                weights = _weights(run.parts)
-                model = Model(unit.config, weights, groups, questions.tokenizer)
-                text = run.derived.total_tokens
-                found = measure(model, questions, views, lambda what: hear(Heard(text, what)))
+                evaluated = _evaluate(run, was_trained, views, questions, should_leave, hear)
+                if evaluated is None:
+                    return None
                 record = _record(unit, run, questions.measures)
                 record |= {
                     "first_weights_sha256": first_weights,
                     "data_fingerprint": run.train_reader.fingerprint,
-                    "views": found,
+                    "views": evaluated.views,
                     "peak_memory_gib": peak,
                     "seconds": {
                         "open": opened_s - start_s,
                         "train": run.state.wall_s,
-                        "evaluate": time.perf_counter() - trained_s,
+                        "evaluate": evaluated.seconds,
                     },
                 }
         finally:
@@ -177,6 +176,47 @@ def _train(run: Run, should_leave: Callable[[], bool], hear: Callable[[Heard], N
                 run.console.step(step, values)
             hear(Heard(step * per_step, f"step {step}/{steps}, loss {result.loss_nats:.3f}"))
     return True
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """Views that are measured, by name, and the time that they took over all starts."""
+
+    views: dict[str, Any]
+    seconds: float
+
+
+def _evaluate(
+    run: Run,
+    was_trained: bool,
+    views: list[View],
+    questions: Questions,
+    should_leave: Callable[[], bool],
+    hear: Callable[[Heard], None],
+) -> _Evaluated | None:
+    """Measures the views that are left; None if it had to leave, with weights and views saved.
+
+    Views of an earlier start are of these weights only if these came from a checkpoint of the last step.
+    """
+    file = run.folder.path / "views.json"
+    done = _Evaluated({}, 0.0)
+    if was_trained and file.is_file():
+        done = _Evaluated(**json.loads(file.read_text(encoding="utf-8")))
+    start_s = time.perf_counter()
+    model = Model(run.config, _weights(run.parts), run.groups, questions.tokenizer)
+    for view in views:
+        if view.name in done.views:
+            continue
+        if run.poll().exit or should_leave():
+            if not was_trained:
+                run.save(must_succeed=True)
+            write_atomically(file, json.dumps(asdict(done), ensure_ascii=False))
+            return None
+        hear(Heard(run.derived.total_tokens, f"evaluates {view.name}"))
+        found = measure(model, questions, view)
+        seconds, start_s = time.perf_counter() - start_s, time.perf_counter()
+        done = _Evaluated({**done.views, view.name: found}, done.seconds + seconds)
+    return replace(done, views={view.name: done.views[view.name] for view in views})
 
 
 def _weights(parts: Parts) -> dict[str, Any]:

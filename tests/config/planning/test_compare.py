@@ -12,6 +12,7 @@ from phsa_megatron.config.planning.compare import TOLERANCE_FRAC, compare, read_
 from phsa_megatron.config.planning.machine import Machine
 from phsa_megatron.config.planning.run_to_plan import run_to_plan
 from phsa_megatron.config.planning.search import Estimator
+from phsa_megatron.evaluation.full_size.page import EMPTY_DOCUMENTS
 
 ROOT = Path(__file__).resolve().parents[3]
 FULL_SIZE = ROOT / "docs" / "results" / "h100_training.json"
@@ -20,17 +21,26 @@ RECIPE = "phsa_0p6b_pretrain_8gpu_h100_bf16_4k"
 OVERRIDES = ["cluster=local_gpu"]
 
 
+def _faulty(row):
+    return row["attention"] == "dense" and row["packed"] and row["commit"] == EMPTY_DOCUMENTS
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join([row["recipe"], *row["overrides"]]))
 def test_peak_memory_and_step_time_of_full_size_runs_are_predicted(row):
     comparison = compare(row)
     assert abs(comparison.memory_error_frac) <= TOLERANCE_FRAC, comparison
-    if comparison.time_modelled:
+    if not _faulty(row):
         assert abs(comparison.step_error_frac) <= TOLERANCE_FRAC, comparison
 
 
-def test_of_full_size_rows_only_packed_dense_ones_have_no_predicted_time():
-    left_out = [row["name"] for row in ROWS if not compare(row).time_modelled]
-    assert left_out == ["dense_32k_packed", "dense_4k_packed"] and len(ROWS) == 13
+def test_all_full_size_rows_have_a_predicted_time():
+    assert len(ROWS) == 13 and all(compare(row).time_modelled for row in ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if _faulty(row)], ids=lambda row: row["name"])
+def test_rows_of_a_known_fault_are_slower_than_predicted(row):
+    """The page says what it was. Once they are measured again, the test above takes them."""
+    assert compare(row).step_error_frac < -TOLERANCE_FRAC
 
 
 def test_the_page_says_whether_there_are_full_size_rows():

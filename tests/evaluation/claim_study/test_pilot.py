@@ -11,7 +11,8 @@ from phsa_megatron.config.errors import ConfigError, TrainingError
 from phsa_megatron.data import demo
 from phsa_megatron.data.indexed import IndexedSource
 from phsa_megatron.data.manifest import FileRecord
-from phsa_megatron.evaluation.claim_study import command, texts
+from phsa_megatron.evaluation.claim_study import command, texts, unit_run
+from phsa_megatron.evaluation.claim_study.measure import measure
 from phsa_megatron.evaluation.claim_study.unit_run import claimed
 from phsa_megatron.evaluation.claim_study.units import make_units
 
@@ -69,6 +70,7 @@ def settings(prepared):
         "run.num_threads=1",
         "run.train_steps=6",
         "attention.impl=reference",
+        "compute.norm=torch",
         "attention.local_tokens=32",
         "optim.global_batch_sequences=2",
         "optim.micro_batch_sequences=2",
@@ -152,14 +154,23 @@ def test_losses_by_position_and_by_sequence_are_the_same_sum(out):
             assert by_position == pytest.approx(sum(row[i] for row in rows), rel=1e-6)
 
 
-def test_a_unit_that_was_left_goes_on_to_the_same_record(prepared, out, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("before", "views_left"), [(3, 6), (6 + 2, 4)])
+def test_a_unit_that_was_left_goes_on_to_the_same_record(
+    prepared, out, tmp_path, monkeypatch, before, views_left
+):
+    """In training, and between two views: what was evaluated is not evaluated again."""
     first = read(out, "phsa_en_zh")
-    asked = iter([False] * 3 + [True] * 1000)
+    asked = iter([False] * before + [True] * 1000)
     monkeypatch.setattr(command, "run_unit", _leaving(command.run_unit, lambda: next(asked)))
     assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
     assert not (tmp_path / "units").exists()
     monkeypatch.undo()
+    measured = []
+    monkeypatch.setattr(
+        unit_run, "measure", lambda *words: measured.append(words[-1].name) or measure(*words)
+    )
     assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
+    assert measured == list(first["views"])[-views_left:]
     again = read(tmp_path, "phsa_en_zh")
     assert again["tokens"] == first["tokens"] and again["seconds"]["train"] > 0
     assert again["views"] == first["views"] and again["train_loss_nats"] == first["train_loss_nats"]
