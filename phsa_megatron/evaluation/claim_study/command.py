@@ -100,7 +100,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument("--lengths", type=int, nargs="+", default=list(Measures().lengths))
             sub.add_argument("--trials", type=int, default=Measures().trials, help="of each cell")
     page = commands.add_parser("page", help="write the page from the records")
-    page.add_argument("--out", type=Path, default=Path("runs/claim"))
+    page.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/claim"),
+        help="folder of the study, or a page's file of records",
+    )
     page.add_argument("--page", type=Path, default=Path("docs/results/claim_study"), help="without an ending")
     page.set_defaults(run_command=_page)
     # Settings may stand anywhere: argparse alone would take one after `--seeds 0` for a seed.
@@ -305,5 +310,7 @@ class _Bar:
 def _page(arguments: argparse.Namespace) -> int:
     from phsa_megatron.evaluation.claim_study.page import write_page
 
-    print(write_page(arguments.out / "units", arguments.page))
+    # A page says how it is written again, from the file of records beside it.
+    units = arguments.out if arguments.out.is_file() else arguments.out / "units"
+    print(write_page(units, arguments.page))
     return 0

@@ -129,9 +129,10 @@ def _head(by_variant: dict[str, list[Record]], page: Path) -> str:
     return f"""\
 # Does punctuation help, when a model is trained with it?
 
-{first["parameters"]:,} parameters, {first["tokens"]:,} training tokens a model, sequences of \
-{settings["data.seq_len_tokens"]:,}, init {settings["attention.init_tokens"]} + local \
-{settings["attention.local_tokens"]}, blocks of {settings["attention.block_tokens"]}, on {first["device"]}. \
+{first["parameters"]:,} parameters, {first["tokens"]:,} training tokens a model in {first["steps"]:,} steps \
+of {settings["optim.global_batch_sequences"]} sequences of {settings["data.seq_len_tokens"]:,}, init \
+{settings["attention.init_tokens"]} + local {settings["attention.local_tokens"]}, blocks of \
+{settings["attention.block_tokens"]}, on {first["device"]}. \
 Models of a seed start from the same weights and see the same text in the same order; only what chooses the \
 blocks differs. A small model on a few tokens is no verdict about large ones. {" ".join(notes)}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -194,7 +195,7 @@ def test_finished_units_are_kept_and_other_settings_refused(prepared, out, capsy
     path.write_text(json.dumps(record))
     assert run(prepared, out) == 0
     with pytest.raises(TrainingError, match=r"other settings \(optim.lr\)"):
-        run(prepared, out, "optim.lr=1e-3")
+        run(prepared, out, "optim.lr=3e-3")
 
 
 def test_units_are_shared_out_among_processes(prepared, tmp_path, capsys):
@@ -230,7 +231,13 @@ def test_a_study_without_a_choice_is_refused(prepared, tmp_path):
 
 def test_the_page_is_made_of_the_records(out, tmp_path):
     assert command.main(["page", "--out", str(out), "--page", str(tmp_path / "claim")]) == 0
-    assert "How far is it from dense?" in (tmp_path / "claim.md").read_text()
+    text = (tmp_path / "claim.md").read_text()
+    assert "How far is it from dense?" in text and "in 6 steps of 2 sequences of 256" in text
+    # As the page says, from the file beside it.
+    (said,) = re.findall(r"claim-study page --out (\S+)`", text)
+    again = ["page", "--out", str(tmp_path / said), "--page", str(tmp_path / "again" / "claim")]
+    assert command.main(again) == 0
+    assert (tmp_path / "again" / "claim.md").read_text() == text
 
 
 def test_the_plan_adds_up(prepared, tmp_path, capsys):
