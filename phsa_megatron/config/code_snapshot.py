@@ -40,6 +40,12 @@ def write_code_snapshot(code_dir: Path) -> str:
     return f"commit {commit.strip()[:12]}{changed}, in {root}"
 
 
+def current_commit() -> str | None:
+    """Return the commit that this code is based on, or None where git cannot say."""
+    commit = _git(Path(phsa_megatron.__file__).resolve().parent, "rev-parse", "HEAD")
+    return None if commit is None else commit.strip()
+
+
 def _text(file: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 

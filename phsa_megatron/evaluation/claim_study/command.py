@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from phsa_megatron.config.code_snapshot import current_commit
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.errors import ConfigError
 from phsa_megatron.config.schema import AttentionKind
@@ -95,6 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 "--evaluation-s", type=float, default=45.0, help="start and evaluation of a unit"
             )
         else:
+            sub.add_argument("--commit", help="of the code, for the records, where there is no git to ask")
             sub.add_argument("--deadline-s", type=float, help="begin no step after this many seconds")
             sub.add_argument("--prepared", type=Path, default=Path("prepared/claim"))
             sub.add_argument("--lengths", type=int, nargs="+", default=list(Measures().lengths))
@@ -206,6 +208,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not left:
         return 0
     questions = Questions(units[0].config, arguments.prepared, measures)
+    commit = arguments.commit or current_commit() or "unknown"
     elsewhere = 0
     with _Bar(left, console) as bar:
         for unit in left:
@@ -219,7 +222,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 bar.begin(unit)
                 # Views of a dense model are those of the variants of the study, not of what is left.
                 views = views_of(unit, units)
-                record = run_unit(arguments.out, unit, views, questions, should_leave, bar.hear)
+                record = run_unit(arguments.out, unit, views, questions, should_leave, bar.hear, commit)
             if record is None:
                 break
             took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())

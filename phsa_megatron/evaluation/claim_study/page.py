@@ -121,6 +121,7 @@ def _head(by_variant: dict[str, list[Record]], page: Path) -> str:
     seeds = {name: [r["seed"] for r in records] for name, records in by_variant.items()}
     short = [f"{name} ({len(s)})" for name, s in seeds.items() if name in MAIN and len(s) < 3]
     absent = [name for name in VARIANTS if name not in by_variant]
+    commits = sorted({record["commit"][:12] for records in by_variant.values() for record in records})
     notes = []
     if short:
         notes.append(f"Fewer than three seeds: {', '.join(short)}.")
@@ -132,7 +133,7 @@ def _head(by_variant: dict[str, list[Record]], page: Path) -> str:
 {first["parameters"]:,} parameters, {first["tokens"]:,} training tokens a model in {first["steps"]:,} steps \
 of {settings["optim.global_batch_sequences"]} sequences of {settings["data.seq_len_tokens"]:,}, init \
 {settings["attention.init_tokens"]} + local {settings["attention.local_tokens"]}, blocks of \
-{settings["attention.block_tokens"]}, on {first["device"]}. \
+{settings["attention.block_tokens"]}, on {first["device"]}, commit {" and ".join(commits)}. \
 Models of a seed start from the same weights and see the same text in the same order; only what chooses the \
 blocks differs. A small model on a few tokens is no verdict about large ones. {" ".join(notes)}
 

@@ -97,6 +97,7 @@ def run_unit(
     questions: Questions,
     should_leave: Callable[[], bool],
     hear: Callable[[Heard], None],
+    commit: str,
 ) -> dict[str, Any] | None:
     """Trains and measures a unit, and writes its record.
 
@@ -107,6 +108,7 @@ def run_unit(
         questions: what it is asked.
         should_leave: asked after every step and view; True saves a checkpoint and leaves.
         hear: told how far it is.
+        commit: of the code, for the record.
 
     Returns:
         The record, or None if it left before the end; the next call goes on from its checkpoint, and from
@@ -120,7 +122,7 @@ def run_unit(
         try:
             # Every derived number of every unit would hide the study's own lines.
             with redirect_stdout(log), open_run(unit.config, groups, Progress()) as run:
-                first_weights = _first_weights(run)
+                _first_weights(run)
                 if groups.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 opened_s = time.perf_counter()
@@ -134,15 +136,11 @@ def run_unit(
                     return None
                 record = _record(unit, run, questions.measures)
                 record |= {
-                    "first_weights_sha256": first_weights,
-                    "data_fingerprint": run.train_reader.fingerprint,
+                    "commit": commit,
                     "views": evaluated.views,
                     "peak_memory_gib": peak,
-                    "seconds": {
-                        "open": opened_s - start_s,
-                        "train": run.state.wall_s,
-                        "evaluate": evaluated.seconds,
-                    },
+                    "seconds": {"open": opened_s - start_s, "train": run.state.wall_s}
+                    | {"evaluate": evaluated.seconds},
                 }
         finally:
             groups.close()
@@ -267,6 +265,8 @@ def _record(unit: Unit, run: Run, measures: Measures) -> dict[str, Any]:
         "parameters": derived.parameters.total,
         "flops": derived.flops_per_token_selected * derived.total_tokens,
         "sparsity_last_token_frac": derived.sparsity_last_token_frac,
+        "first_weights_sha256": _first_weights(run),
+        "data_fingerprint": run.train_reader.fingerprint,
         "train_loss_nats": losses,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "packages": environment()["packages"],

@@ -54,6 +54,7 @@ def made_record(variant, seed, loss, found=0.5, topk=2):
         },
         "measures": {"trials": 4},
         "parameters": 1000,
+        "commit": "0123456789abcdef",
         "steps": 4,
         "tokens": 4096,
         "flops": 1e9,

@@ -178,8 +178,8 @@ def test_a_unit_that_was_left_goes_on_to_the_same_record(
 
 
 def _leaving(original, should_leave):
-    def wrapped(out, unit, views, questions, _, hear):
-        return original(out, unit, views, questions, should_leave, hear)
+    def wrapped(out, unit, views, questions, _, *more):
+        return original(out, unit, views, questions, should_leave, *more)
 
     return wrapped
 
