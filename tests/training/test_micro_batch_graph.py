@@ -273,6 +273,9 @@ def test_replayed_steps_on_a_gpu_equal_eager_ones_to_the_last_bit(bench, monkeyp
         monkeypatch.setattr(dense_attention, "_FASTEST_FIRST", [dense_attention.SDPBackend.MATH])
 
     def stages(graphs):
+        # Forgotten, so that both begin alike: where shapes have changed the compiler takes kernels of any
+        # size, which sum in another order. From its cache on disk, compiling again takes little time.
+        torch._dynamo.reset()
         with timed(f"{case}, cuda_graphs={graphs}: build", say):
             opened = bench(**ON_GPU | CASES[case], **{"compute.cuda_graphs": graphs})
         return course(opened, lambda name: timed(f"{case}, cuda_graphs={graphs}: {name}", say))
@@ -293,9 +296,11 @@ def test_replayed_steps_on_a_gpu_equal_eager_ones_to_the_last_bit(bench, monkeyp
 def test_a_run_on_a_gpu_is_the_same_to_the_last_bit(tiny_config, run, say):
     """With what only a run has: a thread that reads ahead, clocks, the watchdog, a checkpoint."""
     often = {"run.train_steps": 5, "evaluate.every_steps": 3, "monitoring.max_logit_every_steps": 4}
+    torch._dynamo.reset()
     with timed("a run, cuda_graphs=none", say):
         eager = run(tiny_config(**ON_GPU | often, **{"run.name": "eager"}))
     graphs = {"run.name": "recorded", "compute.cuda_graphs": "micro_batch"}
+    torch._dynamo.reset()
     with timed("a run, cuda_graphs=micro_batch", say):
         recorded = run(tiny_config(**ON_GPU | often, **graphs))
     assert recorded.curve() == eager.curve()
