@@ -23,6 +23,7 @@ tokens of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ from phsa_megatron.config.schema import AttentionConfig, ContextExchange, Contex
 from phsa_megatron.config.sequence_chunks import own_chunks
 from phsa_megatron.parallel.exchange import ContextGroups, Gathering, LandingGathering, start_all_gather
 from phsa_megatron.parallel.sequence_sharding import natural_order, own_positions
+
+
+@cache
+def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a constant that nobody writes to.
+
+    Copied once in a process: a copy from the host's ordinary memory waits for the device, and no CUDA graph
+    can hold it.
+    """
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -228,20 +239,20 @@ class ContextShard:
         row, number_in_row = chunk // (2 * size), chunk % (2 * size)
         slot = torch.arange(num_blocks, device=device) - before[chunk]
         # Slots are gathered as [CP, b, 2, c / m].
-        places = torch.tensor(natural_order(size, self.sharding), device=device)
+        places = _on_device(tuple(natural_order(size, self.sharding)), torch.int64, device)
         place = places[number_in_row]
         gathered = ((place // 2 * self.num_rows + row) * 2 + place % 2) * slots + slot
         own = self._own_slots(first, before, m)
         safe = own.clamp(max=num_tokens - 1)
         weights = side_info.pool_weights.reshape(-1)[safe]
-        after = [min(n + 1, 2 * size - 1) for n in self.own_chunks(self.groups.rank())]
+        after = tuple(min(n + 1, 2 * size - 1) for n in self.own_chunks(self.groups.rank()))
         return BlockOwners(
             own_tokens=self._place_of_own(safe, own < num_tokens, m),
             own_weights=torch.where(own < num_tokens, weights, 0.0).flatten(),
             slot_of_block=torch.where(is_block, gathered, 0),
             is_block=is_block,
-            own_boundaries=torch.tensor([0, own.numel()], dtype=torch.int32, device=device),
-            following=places[torch.tensor(after, device=device)],
+            own_boundaries=_on_device((0, own.numel()), torch.int32, device),
+            following=places[_on_device(after, torch.int64, device)],
         )
 
     def _own_slots(self, first: Tensor, before: Tensor, m: int) -> Tensor:
@@ -255,7 +266,8 @@ class ContextShard:
         size, num_tokens = self.groups.size(), self.num_rows * self.seq_len_tokens
         device = first.device
         row = torch.arange(self.num_rows, device=device)[:, None] * 2 * size
-        chunks = (row + torch.tensor(self.own_chunks(self.groups.rank()), device=device)).flatten()
+        own_chunks = _on_device(self.own_chunks(self.groups.rank()), torch.int64, device)
+        chunks = (row + own_chunks).flatten()
         after = torch.cat([before[1:], before.new_full((1,), len(first))])
         block = before[chunks][:, None] + torch.arange(self.chunk_tokens // m, device=device)
         start = first[block.clamp(max=len(first) - 1)]

@@ -14,6 +14,7 @@ computes, and made again afterwards; that takes one micro-batch's host time.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -54,7 +55,7 @@ class Recording:
         # Of this thread only: others pin the memory of batches to come meanwhile.
         recording = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         # Collectives are recorded, not made: nobody may time them, and each replay sends their bytes.
-        with collective_trace.unheard(), traffic.apart(self._sent), recording:
+        with _no_collection(), collective_trace.unheard(), traffic.apart(self._sent), recording:
             self._result = work()
 
     @property
@@ -187,8 +188,40 @@ class MicroBatchGraph:
         def backward() -> None:
             totals.pop().backward()  # type: ignore[no-untyped-call]
 
-        first = Recording(forward, self._stream, None)
-        self._passes = first, Recording(backward, self._stream, first.pool)
+        with _named("forward"):
+            first = Recording(forward, self._stream, None)
+        with _named("backward"):
+            self._passes = first, Recording(backward, self._stream, first.pool)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python's collector still.
+
+    What it finds may own closed communicators or other recordings, whose end asks the device for what breaks
+    a recording; and torch collects before a recording only when told to.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says which pass was recorded when an error came up: CUDA's own words name neither."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"while the {name} pass of a micro-batch was recorded (compute.cuda_graphs=micro_batch). If CUDA "
+            "speaks of an earlier error, that is the exception above this one. compute.cuda_graphs=none "
+            "computes without recordings"
+        )
+        raise
 
 
 def _key(batch: Batch, forward_step: ForwardStep) -> Any:

@@ -301,6 +301,26 @@ def test_pooled_keys_equal_one_process_bit_for_bit_wherever_documents_start(size
     assert straddling > 20 or block_tokens == 1, "no block straddles two chunks: nothing is shown"
 
 
+@pytest.mark.parametrize("sharding", ContextSharding)
+def test_no_micro_batch_but_the_first_brings_numbers_from_the_host(monkeypatch, sharding):
+    """On a GPU that would wait for the device, and stop the recording of a CUDA graph."""
+    settings, key = _settings(), _qkv(torch.float32)[1]
+    infos = [[_info(DOCUMENTS[name], settings) for _ in range(2)] for name in ("straddling", "many short")]
+
+    def gathered(collection, of_process):
+        groups = ContextGroups.of(collection)
+        own = key[own_positions(S, 2, groups.rank(), sharding)].transpose(0, 1)
+        shard = ContextShard(groups, B, S, sharding)
+        return shard.gather_pooled(own.reshape(-1, KV_HEADS, D), of_process[groups.rank()], settings)
+
+    def refused(*_, **__):
+        raise AssertionError("a list of the host became a tensor of the device")
+
+    on_all(2, lambda collection: gathered(collection, infos[0]))
+    monkeypatch.setattr(torch, "tensor", refused)
+    on_all(2, lambda collection: gathered(collection, infos[1]))
+
+
 def test_without_one_process_its_pooled_keys_selection_differs(monkeypatch):
     """Negative control: what the comparisons above would see."""
     upstream = torch.zeros(S, B, HEADS * D, dtype=torch.float64)

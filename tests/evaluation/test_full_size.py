@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,7 @@ from phsa_megatron.evaluation.full_size.rows import (
     settings_to_try,
     without,
 )
+from phsa_megatron.evaluation.full_size.session import Session
 
 ROW = {row.name: row for row in ROWS}
 
@@ -71,6 +73,19 @@ def measured(name, tokens_per_s, mfu=0.3):
         "step_time_s": 1.0, "recipe": recipe_of(row), "overrides": overrides_of(row, Setting()),
         "peak_memory_gib": 50.0, "device": "GPU", "versions": {"torch": "2"}, "commit": "c" * 40,
     }  # fmt: skip
+
+
+def test_what_a_row_recorded_is_given_back_before_the_next_ones_memory_is_measured():
+    given_back = []
+    parts = SimpleNamespace(
+        graph=SimpleNamespace(release=lambda: given_back.append(True)),
+        zero_grad=lambda: None,
+        named_parameters=lambda: [],
+    )
+    Session.free(SimpleNamespace(parts=parts, on_gpu=False))
+    assert given_back
+    parts.graph = None
+    Session.free(SimpleNamespace(parts=parts, on_gpu=False))
 
 
 def test_the_least_times_are_those_of_the_shape():

@@ -6,11 +6,14 @@ its first replay. Whether CUDA can record the passes is a question for a GPU: th
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from phsa_megatron.attention import dense_attention
 from phsa_megatron.attention.max_logit import MaxLogitRecorder
 from phsa_megatron.config.run_folder import RunFolder
 from phsa_megatron.config.topk_schedule import step_topk
@@ -23,6 +26,7 @@ from phsa_megatron.training.step import NonFiniteStepError, train_step
 from tests.training.bench import same
 from tests.training.host_recording import HostRecording, stand_in
 from tests.training.processes import run_processes
+from tests.training.recorded_course import course, difference, timed
 
 
 @pytest.fixture
@@ -124,6 +128,60 @@ def test_phases_are_told_of_replayed_passes_too(bench, on_host):
     assert heard == ["forward", "backward"] * 4 + ["optimizer"]
 
 
+def test_the_course_of_the_gpus_tests_finds_no_difference_here_and_one_that_is_made(bench, on_host):
+    """What those tests run and compare, where it can be seen to work; and its control."""
+    eager = course(bench(**SMALL), lambda name: nullcontext())
+    made = on_host(bench(**SMALL))
+    recorded = course(made, lambda name: nullcontext())
+    assert difference(eager, recorded) is None
+    assert len(HostRecording.made) == 6
+    name, gradient = next(iter(recorded[1].gradients.items()))
+    gradient.view(-1)[0] += 1e-3
+    assert difference(eager, recorded).startswith("step 2: backward pass, gradients of 1 of ")
+    assert name in difference(eager, recorded)
+    recorded[0].rows[0][0][0] += 1e-3
+    assert difference(eager, recorded).startswith("step 1: forward pass")
+
+
+class FakeCuda:
+    """A recording that ends like CUDA's: an error inside of it is followed by one of its end."""
+
+    def __init__(self, graph, **settings):
+        assert settings["capture_error_mode"] == "thread_local"
+
+    def __enter__(self):
+        self.collected = gc.isenabled()
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCuda)
+    assert gc.isenabled()
+
+
+def test_nothing_is_collected_while_a_pass_is_recorded(fake_cuda):
+    """A closed communicator that the collector finds would end, on this thread, in the middle of it."""
+    seen = []
+    micro_batch_graph.Recording(lambda: seen.append(gc.isenabled()), None, None)
+    assert seen == [False] and gc.isenabled()
+    with pytest.raises(RuntimeError):
+        micro_batch_graph.Recording(lambda: 1 // 0, None, None)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_an_error_says_which_pass_was_recorded_and_what_was_first(fake_cuda, broken):
+    with pytest.raises(RuntimeError) as raised, micro_batch_graph._named(broken):
+        micro_batch_graph.Recording(lambda: 1 // 0, None, None)
+    assert f"while the {broken} pass of a micro-batch was recorded" in raised.value.__notes__[0]
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
 def test_the_exchange_of_keys_is_recorded_too(tiny_config, sharding):
@@ -152,7 +210,6 @@ def test_the_exchange_of_keys_is_recorded_too(tiny_config, sharding):
 
 ON_GPU = {
     "run.dtype": "bf16",
-    "run.train_steps": 8,
     "model.hidden_size": 128,
     "model.head_dim": 64,
     "attention.impl": "triton",
@@ -161,44 +218,93 @@ ON_GPU = {
     "attention.local_tokens": 32,
     "data.seq_len_tokens": 512,
     "optim.micro_batch_sequences": 1,
+    "evaluate.micro_batch_sequences": 1,  # other shapes would be compiled: one case below pays for that
     "compute.loss": "chunked",
     "compute.elementwise": "compiled",
     "compute.norm": "triton",
     "cluster.device": "cuda",
-    "evaluate.every_steps": 3,
-    "monitoring.max_logit_every_steps": 4,
+}
+DENSE = {"attention.kind": "dense", "data.isolate_documents": False}
+# From the least that can fail to the most; the first compiles only the loss. Under `-x` the first failure
+# says how far recording works.
+CASES = {
+    "no_kernels_of_ours": DENSE | {"compute.elementwise": "unfused", "compute.norm": "torch"},
+    "phsa": {},
+    # More than 3,072 tokens: the embedding's backward pass sorts. The last chunk of the loss is shorter.
+    "several_rows": {
+        "optim.micro_batch_sequences": 8,
+        "optim.global_batch_sequences": 16,
+        "compute.loss_chunk_tokens": 1536,
+    },
+    "distributed_optimizer": {"parallel.distributed_optimizer": True},
+    # Every k compiles kernels anew: two are enough.
+    "another_k": ANNEAL | {"attention.topk_start": 2, "attention.topk_anneal_steps": 2},
+    "dense": DENSE,
 }
 
 
+@pytest.fixture
+def say(capsys):
+    """Says something at once: who waits for a GPU has to see whether it compiles or hangs."""
+
+    def aloud(text):
+        with capsys.disabled():
+            print(f"  {text}", flush=True)
+
+    return aloud
+
+
+# The method is part of the bound: a signal's handler does not run while C++ waits for the device. This one
+# prints where every thread is and ends the process.
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"optim.micro_batch_sequences": 2},
-        {"parallel.distributed_optimizer": True},
-        ANNEAL,
-        {"attention.kind": "dense", "data.isolate_documents": False},
-    ],
-)
-def test_a_run_on_a_gpu_is_the_same_to_the_last_bit(tiny_config, run, monkeypatch, settings):
-    """Evaluation and a look at logits come between the steps, and memory is recorded anew after them."""
-    made: list[micro_batch_graph.Recording] = []
+@pytest.mark.timeout(150, method="thread")
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_on_a_gpu_equal_eager_ones_to_the_last_bit(bench, monkeypatch, say, case):
+    made = []
     actual = micro_batch_graph.Recording.__init__
 
     def counted(self, *arguments):
-        made.append(self)
         actual(self, *arguments)
+        made.append(self)
 
     monkeypatch.setattr(micro_batch_graph.Recording, "__init__", counted)
-    eager = run(tiny_config(**ON_GPU | settings, **{"run.name": "eager"}))
+    if case == "no_kernels_of_ours":
+        # Sums of no chosen order in flash's and cuDNN's backward passes would not be the recording's fault.
+        monkeypatch.setattr(dense_attention, "_FASTEST_FIRST", [dense_attention.SDPBackend.MATH])
+
+    def stages(graphs):
+        # Forgotten, so that both begin alike: where shapes have changed the compiler takes kernels of any
+        # size, which sum in another order. From its cache on disk, compiling again takes little time.
+        torch._dynamo.reset()
+        with timed(f"{case}, cuda_graphs={graphs}: build", say):
+            opened = bench(**ON_GPU | CASES[case], **{"compute.cuda_graphs": graphs})
+        return course(opened, lambda name: timed(f"{case}, cuda_graphs={graphs}: {name}", say))
+
+    eager = stages("none")
     assert not made
+    recorded = stages("micro_batch")
+    assert len(made) >= 6, "three times both passes"
+    found = difference(eager, recorded)
+    if found is not None:
+        again = difference(eager, stages("none"))
+        repeats = "repeat to the last bit" if again is None else f"do not repeat themselves ({again})"
+        pytest.fail(f"replayed differs from eager in {found}\nEager steps {repeats}.")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(150, method="thread")
+def test_a_run_on_a_gpu_is_the_same_to_the_last_bit(tiny_config, run, say):
+    """With what only a run has: a thread that reads ahead, clocks, the watchdog, a checkpoint."""
+    often = {"run.train_steps": 5, "evaluate.every_steps": 3, "monitoring.max_logit_every_steps": 4}
+    torch._dynamo.reset()
+    with timed("a run, cuda_graphs=none", say):
+        eager = run(tiny_config(**ON_GPU | often, **{"run.name": "eager"}))
     graphs = {"run.name": "recorded", "compute.cuda_graphs": "micro_batch"}
-    recorded = run(tiny_config(**ON_GPU | settings, **graphs))
-    assert len(made) >= 4
+    torch._dynamo.reset()
+    with timed("a run, cuda_graphs=micro_batch", say):
+        recorded = run(tiny_config(**ON_GPU | often, **graphs))
     assert recorded.curve() == eager.curve()
-    validation = [step for step in eager.steps if "val/loss_nats" in step]
-    assert len(validation) >= 2
+    assert len([step for step in eager.steps if "val/loss_nats" in step]) >= 2
 
     def losses(finished):
         return [{k: v for k, v in step.items() if "loss" in k or "logit" in k} for step in finished.steps]

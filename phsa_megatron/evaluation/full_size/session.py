@@ -164,7 +164,9 @@ class Session:
         return Timing(seconds[num_warm_up:], peak, reserved, losses, documents[num_warm_up:])
 
     def free(self) -> None:
-        """Give back what earlier rows left, gradients of a step that failed among it."""
+        """Give back what earlier rows left: a failed step's gradients, a recording's activations."""
+        if self.parts.graph is not None:
+            self.parts.graph.release()
         self.parts.zero_grad()
         for _, parameter in self.parts.named_parameters():
             parameter.grad = None
