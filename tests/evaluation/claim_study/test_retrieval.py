@@ -52,6 +52,16 @@ def test_documents_ask_for_all_their_names_and_depend_on_seed_and_number_alone()
     assert sorted(facts) == sorted(asked)
 
 
+def test_documents_ask_for_more_where_there_is_room_and_for_no_more_than_a_fact_in_64_tokens():
+    made = maker("english")
+    asked = {
+        length: [made.document(3, n, length).count("Now answer.") for n in range(60)]
+        for length in (192, 2000)
+    }
+    assert max(asked[192]) == 3
+    assert 3 < sum(asked[2000]) / 60 and 16 < max(asked[2000]) <= 31
+
+
 def test_trials_use_other_random_numbers_than_training():
     documents = {maker("english").document(7, n, 400) for n in range(20)}
     assert maker("english").trial("single", 400, 0.5, 7, 0).text not in documents
