@@ -1,6 +1,6 @@
 """Selectors as the attention of a probe model: blocks chosen as in training, attended to through a mask.
 
-A test holds the output to the kernels' `attend`, which is slower for a few queries.
+Many queries on a GPU go to the kernels' `attend`, which is slower for a few; a test holds both to each other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from phsa_kernels.api import attend
 from phsa_megatron.attention.block_choice import choose_blocks_by_weights
 from phsa_megatron.attention.information_loss import block_flags
 from phsa_megatron.attention.punctuation import PunctuationTable
@@ -44,6 +45,8 @@ OTHER_LAMBDAS = tuple(f"{name}@{lam}" for name in ("phsa", "random_tokens") for 
 
 _MASK_ENTRIES = 1 << 28
 """Of a mask that is made at once."""
+_KERNEL_QUERIES = 256
+"""From this many queries of a document on, a GPU attends by the kernels."""
 
 
 @cache
@@ -117,6 +120,8 @@ class Probe:
             raise ValueError(f"{total} keys for documents of {self.pool_weights.shape[1]} tokens")
         rows = torch.arange(total - n, total, device=query.device)
         ids = self.choose(query, keys, rows, topk)
+        if query.is_cuda and n >= _KERNEL_QUERIES:
+            return self.attend_chosen(ids, query, keys, values, "triton")
         size = max(1, _MASK_ENTRIES // (b * ids.shape[2] * total))
         outs = []
         for part in range(0, n, size):
@@ -125,6 +130,26 @@ class Probe:
             seen = self._seen(ids[:, some], rows[some], end, num_kv_heads)
             outs.append(attend_masked(query[:, some], keys[:, :end], values[:, :end], seen))
         return torch.cat(outs, dim=1)
+
+    def attend_chosen(self, ids: Tensor, query: Tensor, keys: Tensor, values: Tensor, impl: str) -> Tensor:
+        """Return what `attend` does for chosen blocks, by an implementation of the kernels' `attend`."""
+        (b, total, *_), n, device = keys.shape, query.shape[1], query.device
+        document = torch.arange(b, dtype=torch.int32, device=device).repeat_interleave(n)
+        position = torch.arange(total - n, total, dtype=torch.int32, device=device).repeat(b)
+        out, _ = attend(
+            query.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            ids.flatten(0, 1).contiguous(),
+            position,
+            document,
+            torch.arange(b + 1, dtype=torch.int32, device=device) * total,
+            init_tokens=self.attention.init_tokens,
+            local_tokens=self.attention.local_tokens,
+            block_tokens=self.attention.block_tokens,
+            impl=impl,
+        )
+        return out.view(query.shape)
 
     def _seen(self, ids: Tensor, rows: Tensor, num_keys: int, num_kv_heads: int) -> Tensor:
         """Return bool [b * Hkv, 1 or Hq / Hkv, n, keys] of chosen blocks [b, n, Hsel, k]."""

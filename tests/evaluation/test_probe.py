@@ -70,7 +70,10 @@ def test_sparse_attention_of_the_last_queries_is_the_kernels_document_by_documen
     k, v = (torch.randn(b, total, 2, 8, generator=g) for _ in "kv")
     tokens = torch.randint(0, 64, (b, total), generator=g)
     rows = torch.arange(total - n, total)
-    together = Probe.of(tokens, settings, TABLE).attend(2, q, k, v)
+    probe = Probe.of(tokens, settings, TABLE)
+    together = probe.attend(2, q, k, v)
+    by_kernel = probe.attend_chosen(probe.choose(q, k, rows, 2), q, k, v, "reference")
+    torch.testing.assert_close(by_kernel, together, rtol=1e-5, atol=1e-5)
     for i in range(b):
         cu_seqlens = torch.tensor([0, total], dtype=torch.int32)
         side_info = SideInfo.build(tokens[i : i + 1], cu_seqlens, TABLE, settings, 2)
