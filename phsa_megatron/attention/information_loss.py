@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -95,12 +96,22 @@ def block_mass(
     position: Tensor,
     attention: AttentionConfig,
     softmax_scale: float | None = None,
+    last_position: int | None = None,
 ) -> Tensor:
-    """Return fp32 [n, Hq, blocks]: the full causal softmax of each query, summed over each block's keys."""
+    """Return fp32 [n, Hq, blocks]: the full causal softmax of each query, summed over each block's keys.
+
+    Args:
+        query: [n, Hq, D] after RoPE.
+        keys: [document's tokens, Hkv, D] after RoPE.
+        position: int [n] in the document.
+        attention: windows and block size.
+        softmax_scale: None is D ** -0.5.
+        last_position: the largest of `position`; None asks the device, and waits for it.
+    """
     n, num_heads, head_dim = query.shape
     m = attention.block_tokens
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    num_keys = int(position.max()) + 1
+    num_keys = (int(position.max()) if last_position is None else last_position) + 1
     keys = keys[:num_keys].float()
     grouped = query.float().view(n, keys.shape[1], -1, head_dim)
     scores = torch.einsum("nhrd,khd->nhrk", grouped, keys).flatten(1, 2) * scale
@@ -144,6 +155,42 @@ def block_flags(ids: Tensor, num_blocks: int) -> Tensor:
     flags = torch.zeros(*ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=ids.device)
     flags.scatter_(2, torch.where(ids < 0, num_blocks, ids.long()), True)
     return flags[..., :-1]
+
+
+def _sums_of_rows(
+    query: Tensor, key: Tensor, ids: Tensor, position: Tensor, document: Tensor, side_info: SideInfo
+) -> Tensor | None:
+    """Return fp64 [Hq, 9], sums over sampled queries of any documents; None where nothing is selected.
+
+    Each document has its own softmax; all else is computed for all rows at once, so that many short documents
+    do not cost the host a hundred launches and several waits each.
+    """
+    attention = side_info.attention
+    bounds = side_info.once("host_cu_seqlens", lambda: side_info.cu_seqlens).tolist()
+    positions, documents = torch.stack([position, document]).tolist()
+    kept: list[int] = []
+    masses: list[Tensor] = []
+    for number, group in groupby(range(len(documents)), key=documents.__getitem__):
+        own = list(group)
+        start, end = bounds[number], bounds[number + 1]
+        if end - start <= attention.dense_len_tokens:
+            continue  # attended densely: nothing is selected there
+        here = slice(own[0], own[-1] + 1)
+        last = max(positions[here])
+        masses.append(block_mass(query[here], key[start:end], position[here], attention, last_position=last))
+        kept += own
+    if not masses:
+        return None
+    mass = query.new_zeros((len(kept), query.shape[1], max(m.shape[2] for m in masses)), dtype=torch.float32)
+    first = 0
+    for part in masses:
+        # Blocks past a row's own are no candidates and have no mass.
+        mass[first : first + len(part), :, : part.shape[2]] = part
+        first += len(part)
+    if len(kept) < len(documents):
+        chosen = torch.tensor(kept, device=ids.device)
+        ids, position = ids[chosen], position[chosen]
+    return information_of_mass(mass, ids, position, attention)
 
 
 class InformationRecorder:
@@ -194,20 +241,10 @@ class InformationRecorder:
         else:
             rows = torch.isin(tokens, sample).nonzero().flatten()
             sample = tokens[rows]
-        bounds = side_info.cu_seqlens.tolist()
         heads = slice(self.first_head, self.first_head + query.shape[1])
-        for number in sorted(set(document[sample].tolist())):
-            here = document[sample] == number
-            start, end = bounds[number], bounds[number + 1]
-            if end - start <= side_info.attention.dense_len_tokens:
-                continue  # attended densely: nothing is selected there
-            self.sums[layer_number - 1, heads] += information_sums(
-                query[rows[here]],
-                key[start:end],
-                ids[rows[here]],
-                position[sample[here]],
-                side_info.attention,
-            ).cpu()
+        found = _sums_of_rows(query[rows], key, ids[rows], position[sample], document[sample], side_info)
+        if found is not None:
+            self.sums[layer_number - 1, heads] += found.cpu()
 
     def layers(self, sums: Tensor | None = None) -> dict[int, Information]:
         """Return the shares by layer number, over all its heads; layers without a record are left out.

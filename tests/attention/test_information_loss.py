@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phsa_megatron.attention.information_loss import (
     COLUMNS,
@@ -121,3 +123,43 @@ def test_recorder_samples_documents_alike_and_puts_heads_in_their_place():
     few = InformationRecorder(3, HEADS, 0, max_rows=9)
     few.record(2, q, k, k, ids, torch.zeros(T, HEADS), info)
     assert few.sums[1, 0, 0] == 9
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operations for which the host waits for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num += str(function).startswith(("aten._local_scalar_dense", "aten.nonzero"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_recorder_takes_queries_in_any_order_and_leaves_dense_documents_out():
+    """A process under context parallelism has two pieces of the sequence, in any order."""
+    q, k, ids, _ = _document()
+    settings = replace(SETTINGS, dense_len_tokens=8)
+    table = PunctuationTable.build(["."] * 10, PunctuationMatch.exact, PunctuationLanguage.en)
+    bounds = torch.tensor([0, 20, 26, T], dtype=torch.int32)
+    info = SideInfo.build(torch.zeros(1, T, dtype=torch.int64), bounds, table, settings, 2)
+    ids = torch.where(ids * M + M <= 12, ids, -1)
+    recorder = InformationRecorder(num_layers=1, num_heads=HEADS, max_rows=T)
+    tokens = torch.cat([torch.arange(T // 2, T), torch.arange(T // 2)])
+    with _Waits() as waits:
+        recorder.record(1, q[tokens], k, k, ids[tokens], torch.zeros(T, HEADS), info, tokens)
+    expected = torch.zeros(HEADS, 9, dtype=torch.float64)
+    for start, end in ((0, 20), (26, T)):
+        expected += information_sums(
+            q[start:end], k[start:end], ids[start:end], torch.arange(end - start), settings
+        )
+    torch.testing.assert_close(recorder.sums[0], expected)
+    # For `tokens` alone, and for no document.
+    assert waits.num <= 1
+    dense = InformationRecorder(num_layers=1, num_heads=HEADS, max_rows=T)
+    short = SideInfo.build(
+        torch.zeros(1, T, dtype=torch.int64), bounds, table, replace(settings, dense_len_tokens=T), 2
+    )
+    dense.record(1, q, k, k, ids, torch.zeros(T, HEADS), short)
+    assert not dense.sums.any()

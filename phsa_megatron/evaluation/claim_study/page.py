@@ -21,6 +21,7 @@ from phsa_megatron.evaluation.claim_study.verdicts import (
     mean_and_spread,
     needle_question,
     own_view,
+    seed_limit,
 )
 
 ENGLISH = loss_question("loss, English", lambda domain: domain.startswith("english"))
@@ -55,7 +56,11 @@ def read_records(path: Path) -> list[Record]:
         records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
     if not records:
         raise TrainingError(f"{path} holds no record of a finished unit: phsa-train claim-study run")
-    for key in ("first_weights_sha256", "data_fingerprint", "tokens", "measures", "device"):
+    for key in ("tokens", "measures"):
+        everywhere = {json.dumps(record[key]) for record in records}
+        if len(everywhere) > 1:
+            raise TrainingError(f"units differ in {key} ({', '.join(sorted(everywhere))})")
+    for key in ("first_weights_sha256", "data_fingerprint"):
         by_seed: dict[int, set[str]] = {}
         for record in records:
             by_seed.setdefault(record["seed"], set()).add(json.dumps(record[key]))
@@ -133,7 +138,7 @@ def _head(by_variant: dict[str, list[Record]], page: Path) -> str:
 {first["parameters"]:,} parameters, {first["tokens"]:,} training tokens a model in {first["steps"]:,} steps \
 of {settings["optim.global_batch_sequences"]} sequences of {settings["data.seq_len_tokens"]:,}, init \
 {settings["attention.init_tokens"]} + local {settings["attention.local_tokens"]}, blocks of \
-{settings["attention.block_tokens"]}, on {first["device"]}, commit {" and ".join(commits)}. \
+{settings["attention.block_tokens"]}, on {_devices(by_variant)}, commit {" and ".join(commits)}. \
 Models of a seed start from the same weights and see the same text in the same order; only what chooses the \
 blocks differs. A small model on a few tokens is no verdict about large ones. {" ".join(notes)}
 
@@ -143,6 +148,10 @@ needle is found if greedy decoding gives all four digits. Mean ± standard devia
 """
 
 
+def _devices(by_variant: dict[str, list[Record]]) -> str:
+    return " and ".join(sorted({record["device"] for records in by_variant.values() for record in records}))
+
+
 def _verdicts(by_variant: dict[str, list[Record]]) -> list[str]:
     lines = []
     for title, ours, theirs, questions in _COMPARISONS:
@@ -150,9 +159,9 @@ def _verdicts(by_variant: dict[str, list[Record]]) -> list[str]:
             lines.append(f"- **{title}** Not measured: {ours} and {theirs} are not both there.")
             continue
         lines.append(f"- **{title}** `{ours}` against `{theirs}`:")
-        pairs = [[(r, own_view(r)) for r in by_variant[name]] for name in (ours, theirs)]
+        first, second = ([(r, own_view(r)) for r in by_variant[name]] for name in (ours, theirs))
         for question in questions:
-            found = difference(question, *pairs)
+            found = difference(question, first, second, seed_limit(question, by_variant))
             if found is None:
                 lines.append(f"    - {question.name}: no seed in common")
                 continue
@@ -166,17 +175,18 @@ def _verdicts(by_variant: dict[str, list[Record]]) -> list[str]:
 def _by_topk(by_variant: dict[str, list[Record]]) -> str:
     """Returns PHSA minus the others at every k in inference, with the better and the worse in bold."""
     rows = []
-    for other in ("mean_pool", "infllm_v2", "random_tokens", "dense"):
+    for other in ("mean_pool", "infllm_v2", "random_tokens", "phsa", "dense"):
         if other not in by_variant or "phsa_en_zh" not in by_variant:
             continue
         for question in (*LOSSES, ALL_NEEDLES):
-            cells = []
+            cells, limit = [], seed_limit(question, by_variant)
             for k in TOPKS:
                 theirs = "dense" if other == "dense" else f"k{k}"
                 found = difference(
                     question,
                     [(record, f"k{k}") for record in by_variant["phsa_en_zh"]],
                     [(record, theirs) for record in by_variant[other]],
+                    limit,
                 )
                 if found is None:
                     cells.append("-")
@@ -187,7 +197,8 @@ def _by_topk(by_variant: dict[str, list[Record]]) -> str:
             rows.append([other, question.name, *cells])
     head = ["`phsa_en_zh` minus", "quantity", *(f"k = {k}" for k in TOPKS)]
     return (
-        "\nThe same at every k in inference, trained at k = 2; bold where the interval leaves 0 out. "
+        "\nThe same at every k in inference, trained at k = 2; bold where the interval leaves 0 out, and "
+        "a difference of one seed is more than another seed may do. "
         "About one interval in twenty does so by chance, here and above.\n\n" + _table(head, rows)
     )
 
@@ -213,7 +224,13 @@ def _main_table(by_variant: dict[str, list[Record]]) -> str:
     about = "".join(
         f"\n- `{name}`: {records[0]['about']}" for name, records in by_variant.items() if records[0]["about"]
     )
-    return _table(head, rows) + "\n" + about
+    note = ""
+    if len({tuple(r["seed"] for r in records) for records in by_variant.values()}) > 1:
+        note = (
+            "\n\nNot all rows are of the same seeds, here and below: the differences above compare, "
+            "as they are taken inside a seed."
+        )
+    return _table(head, rows) + note + "\n" + about
 
 
 def _topk_views(record: Record) -> dict[int, str]:
@@ -344,24 +361,28 @@ def _cost(by_variant: dict[str, list[Record]]) -> str:
             ]
         )
     head = ["trained with", "FLOPs", "sparsity, last token", "tokens/s in training", "seconds a unit"]
-    device = next(iter(by_variant.values()))[0]["device"]
-    text = f"\n\nAll units together: {total_s / 60:.1f} minutes on {device}."
+    text = f"\n\nAll units together: {total_s / 60:.1f} minutes on {_devices(by_variant)}."
     return _table(head, rows) + text
 
 
 def _pictures(by_variant: dict[str, list[Record]], page: Path) -> list[str]:
-    lines = []
+    """Draws curves over the seeds that all variants have: means of different seeds would not compare."""
+    seeds = set.intersection(*({r["seed"] for r in records} for records in by_variant.values()))
+    if not seeds:
+        return ["\nNo seed has all of these variants: no plots."]
+    alike = {name: [r for r in records if r["seed"] in seeds] for name, records in by_variant.items()}
+    lines = [f"\nPlots: the mean of the seeds that all variants have ({', '.join(map(str, sorted(seeds)))})."]
     for question, name in ((ENGLISH, "english"), (CHINESE, "chinese"), (ALL_NEEDLES, "needles")):
         series = {}
-        for variant, records in by_variant.items():
+        for variant, records in alike.items():
             views = _topk_views(records[0])
             if views:
                 series[variant] = {
                     k: mean([question.value(r, view) for r in records]) for k, view in views.items()
                 }
         dense = {}
-        if "dense" in by_variant:
-            dense["dense"] = mean([question.value(r, "dense") for r in by_variant["dense"]])
+        if "dense" in alike:
+            dense["dense"] = mean([question.value(r, "dense") for r in alike["dense"]])
         if series:
             path = page.with_name(f"{page.name}_{name}.png")
             unit = question.unit if question.lower_is_better else "share found"

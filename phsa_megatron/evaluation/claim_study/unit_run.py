@@ -178,8 +178,9 @@ def _train(run: Run, should_leave: Callable[[], bool], hear: Callable[[Heard], N
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """Views that are measured, by name, and the time that they took over all starts."""
+    """How much is measured, views that are, by name, and the time that they took over all starts."""
 
+    measures: dict[str, Any] | None
     views: dict[str, Any]
     seconds: float
 
@@ -195,26 +196,49 @@ def _evaluate(
     """Measures the views that are left; None if it had to leave, with weights and views saved.
 
     Views of an earlier start are of these weights only if these came from a checkpoint of the last step.
+
+    Raises:
+        TrainingError: views of an earlier start were measured otherwise.
     """
     file = run.folder.path / "views.json"
-    done = _Evaluated({}, 0.0)
+    measures = asdict(questions.measures)
+    done = _Evaluated(measures, {}, 0.0)
     if was_trained and file.is_file():
-        done = _Evaluated(**json.loads(file.read_text(encoding="utf-8")))
+        done = _read_views(file, measures)
     start_s = time.perf_counter()
+
+    def keep() -> None:
+        if not was_trained:
+            run.save(must_succeed=True)
+        write_atomically(file, json.dumps(asdict(done), ensure_ascii=False))
+
     model = Model(run.config, _weights(run.parts), run.groups, questions.tokenizer)
     for view in views:
         if view.name in done.views:
             continue
         if run.poll().exit or should_leave():
-            if not was_trained:
-                run.save(must_succeed=True)
-            write_atomically(file, json.dumps(asdict(done), ensure_ascii=False))
+            keep()
             return None
         hear(Heard(run.derived.total_tokens, f"evaluates {view.name}"))
-        found = measure(model, questions, view)
+        try:
+            found = measure(model, questions, view)
+        except Exception:
+            # Training is done and took minutes: what a view lacks, such as memory, must not cost it.
+            keep()
+            raise
         seconds, start_s = time.perf_counter() - start_s, time.perf_counter()
-        done = _Evaluated({**done.views, view.name: found}, done.seconds + seconds)
+        done = replace(done, views={**done.views, view.name: found}, seconds=done.seconds + seconds)
     return replace(done, views={view.name: done.views[view.name] for view in views})
+
+
+def _read_views(file: Path, measures: dict[str, Any]) -> _Evaluated:
+    found = _Evaluated(**{"measures": None} | json.loads(file.read_text(encoding="utf-8")))
+    if found.measures != json.loads(json.dumps(measures)):
+        raise TrainingError(
+            f"{file} has views measured with {found.measures}, not {measures}: give the --lengths and "
+            "--trials of then, or move the file away to measure these views again"
+        )
+    return found
 
 
 def _weights(parts: Parts) -> dict[str, Any]:

@@ -4,15 +4,17 @@ Units of a seed saw the same data from the same weights and answered the same qu
 are taken inside a seed. With two seeds or more the interval is Student's over the seeds' differences (Student
 1908, Biometrika 6): it holds the noise of training. With one seed it is a percentile bootstrap over the
 evaluated items (Efron and Tibshirani 1993, chapter 13): it holds the noise of the questions only, and the
-sentence says so.
+sentence says so. Where other variants have several seeds, what a seed does to a difference is estimated from
+them, and a difference of one seed has to be larger than that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from itertools import combinations
+from statistics import mean, stdev, variance
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,7 @@ class Difference:
         num_seeds: that both variants have.
         num_items: evaluated items of each seed.
         lower_is_better: of the quantity.
+        seed_limit: for one seed, what 95% of such differences stay below by the seed alone; None if unknown.
     """
 
     mean: float
@@ -130,6 +133,7 @@ class Difference:
     num_seeds: int
     num_items: int
     lower_is_better: bool
+    seed_limit: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -140,6 +144,8 @@ class Difference:
             return "nothing can be said, both find them"
         if self.low <= 0 <= self.high:
             return "no difference is shown"
+        if self.seed_limit is not None and abs(self.mean) <= self.seed_limit:
+            return "no more than another seed may do"
         side = "better" if (self.mean < 0) == self.lower_is_better else "worse"
         # The noise of training is unknown: another seed could turn it around.
         return side if self.num_seeds > 1 else f"{side} in this one seed"
@@ -149,11 +155,51 @@ class Difference:
         """Returns what the interval is made of."""
         if self.num_seeds > 1:
             return f"Student's interval over {self.num_seeds} seeds"
-        return f"one seed, bootstrap over {self.num_items} items: training noise is not in it"
+        text = f"one seed, bootstrap over {self.num_items} items: training noise is not in it"
+        if self.seed_limit is None:
+            return text
+        return f"{text}; by the variants with more seeds, it alone makes up to {self.seed_limit:.4f}"
+
+
+def seed_limit(question: Question, by_variant: Mapping[str, Sequence[Record]]) -> float | None:
+    """Returns what 95% of differences in one seed stay below if variants are alike.
+
+    The variance of a difference over seeds is pooled over all pairs of variants that share two seeds or more,
+    in the views that they were trained for; V of them are taken for V - 1 degrees of freedom.
+
+    Args:
+        question: the quantity.
+        by_variant: records of each variant, one a seed.
+
+    Returns:
+        None where no two variants share two seeds.
+    """
+    values = {
+        name: {r["seed"]: question.value(r, own_view(r)) for r in records}
+        for name, records in by_variant.items()
+    }
+    squares, degrees, names = 0.0, 0, set()
+    for first, second in combinations(values, 2):
+        seeds = values[first].keys() & values[second].keys()
+        if len(seeds) > 1:
+            found = [values[first][seed] - values[second][seed] for seed in sorted(seeds)]
+            squares += variance(found) * (len(found) - 1)
+            degrees += len(found) - 1
+            names |= {first, second}
+    if not degrees:
+        return None
+    return _quantile(len(names) - 1) * math.sqrt(squares / degrees)
+
+
+def _quantile(degrees: int) -> float:
+    return _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96
 
 
 def difference(
-    question: Question, first: Iterable[tuple[Record, str]], second: Iterable[tuple[Record, str]]
+    question: Question,
+    first: Iterable[tuple[Record, str]],
+    second: Iterable[tuple[Record, str]],
+    limit: float | None = None,
 ) -> Difference | None:
     """Returns first minus second, seed by seed; None if they share no seed.
 
@@ -161,6 +207,7 @@ def difference(
         question: the quantity.
         first: (record, view) of one variant, one a seed.
         second: of the other.
+        limit: of a difference that is only a seed's (`seed_limit`); used where they share one seed.
     """
     ours = {record["seed"]: (record, view) for record, view in first}
     theirs = {record["seed"]: (record, view) for record, view in second}
@@ -172,9 +219,7 @@ def difference(
     if len(ours_items) != len(theirs_items) or not len(ours_items):
         return None
     if len(seeds) > 1:
-        degrees = len(seeds) - 1
-        quantile = _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96
-        half = quantile * stdev(by_seed) / math.sqrt(len(seeds))
+        half = _quantile(len(seeds) - 1) * stdev(by_seed) / math.sqrt(len(seeds))
         low, high = mean(by_seed) - half, mean(by_seed) + half
     else:
         low, high = _bootstrap(ours_items, theirs_items)
@@ -187,6 +232,7 @@ def difference(
         num_seeds=len(seeds),
         num_items=len(ours_items),
         lower_is_better=question.lower_is_better,
+        seed_limit=limit if len(seeds) == 1 else None,
     )
 
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from phsa_megatron.config.errors import TrainingError
+from phsa_megatron.evaluation import plots
 from phsa_megatron.evaluation.claim_study.page import ALL_NEEDLES, ENGLISH, read_records, write_page
 from phsa_megatron.evaluation.claim_study.retrieval import DEPTHS, LANGUAGES, TASKS
 from phsa_megatron.evaluation.claim_study.units import TOPKS
-from phsa_megatron.evaluation.claim_study.verdicts import Question, difference, own_view
+from phsa_megatron.evaluation.claim_study.verdicts import Question, difference, own_view, seed_limit
 
 DOMAINS = ("chinese_prose", "english_prose", "retrieval_english")
 
@@ -108,13 +109,74 @@ def test_the_page_can_be_made_again_from_what_it_left(units, tmp_path):
     assert (tmp_path / "claim.md").read_text() == first
 
 
-@pytest.mark.parametrize("key", ["first_weights_sha256", "data_fingerprint", "tokens", "device"])
+@pytest.mark.parametrize("key", ["first_weights_sha256", "data_fingerprint"])
 def test_units_that_do_not_belong_together_are_refused(key, tmp_path):
     for name, value in (("mean_pool", "x"), ("phsa", "y")):
         record = made_record(name, 0, 3.0) | {key: value}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     with pytest.raises(TrainingError, match=f"seed 0: units differ in {key}"):
         read_records(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["tokens", "measures"])
+def test_seeds_of_other_sizes_are_refused(key, tmp_path):
+    for seed in (0, 1):
+        record = made_record("phsa", seed, 3.0) | {key: seed}
+        (tmp_path / f"phsa-seed{seed}.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match=f"units differ in {key}"):
+        read_records(tmp_path)
+
+
+def test_incomplete_seeds_are_compared_inside_a_seed_and_drawn_alike(tmp_path, monkeypatch):
+    """Differences of two variants move by 0.02 from seed to seed; phsa is 0.03 better, in one seed."""
+    losses = {"mean_pool": (3.0, 4.0), "phsa_en_zh": (2.5, 3.52), "phsa": (2.97,), "random_tokens": (2.0,)}
+    (tmp_path / "units").mkdir()
+    for name, by_seed in losses.items():
+        for seed, loss in enumerate(by_seed):
+            record = made_record(name, seed, loss) | {"device": "card A" if seed else "card B"}
+            (tmp_path / "units" / f"{name}-seed{seed}.json").write_text(json.dumps(record))
+    drawn = {}
+    monkeypatch.setattr(plots, "curves", lambda path, series, **_: drawn.update({path.name: series}))
+    write_page(tmp_path / "units", tmp_path / "claim")
+    text = (tmp_path / "claim.md").read_text()
+    assert "on card A and card B" in text and "Not all rows are of the same seeds" in text
+    assert "the mean of the seeds that all variants have (0)" in text
+    lines = text.splitlines()
+
+    def loss_line(words):
+        (place,) = [n for n, line in enumerate(lines) if words in line]
+        return lines[place + 1]
+
+    # One degree of freedom: 12.706 times the deviation 0.0141 is 0.1797, over sqrt(2) seeds 0.1271.
+    assert "-0.4900 nats/token (-0.6171 to -0.3629; " in loss_line("beat the plain mean?")
+    assert "**better**" in loss_line("beat the plain mean?")
+    assert "makes up to 0.1797" in loss_line("English punctuation alone")
+    assert "**no more than another seed may do**" in loss_line("English punctuation alone")
+    assert "**worse in this one seed**" in loss_line("beat random tokens?")
+    # At k = 2; the second seed of the other variants is not in it.
+    by_k = {name: points[2] for name, points in drawn["claim_english.png"].items()}
+    first = {name: made_record(name, 0, by_seed[0]) for name, by_seed in losses.items()}
+    assert by_k == pytest.approx({name: ENGLISH.value(record, "k2") for name, record in first.items()})
+
+
+def test_nothing_is_known_of_seeds_without_two_of_them():
+    alone = {"a": [made_record("a", 0, 3.0)], "b": [made_record("b", 0, 2.0), made_record("b", 1, 2.0)]}
+    assert seed_limit(ENGLISH, alone) is None
+
+
+def test_differences_by_seeds_alone_stay_below_their_limit_as_often_as_it_says():
+    generator = np.random.default_rng(2)
+    question = Question("q", True, lambda record, view: np.array([[record["x"], 1.0]]), "u")
+    settings = {"attention.kind": "dense"}
+    below = 0
+    for _ in range(1000):
+        made = {
+            name: [{"seed": s, "x": x, "settings": settings} for s, x in enumerate(generator.normal(size=2))]
+            for name in "abc"
+        }
+        below += abs(generator.normal() - generator.normal()) <= seed_limit(question, made)
+    # 950 expected; the standard deviation of the count is 6.9.
+    assert 922 <= below <= 978
 
 
 def test_no_record_is_said(tmp_path):

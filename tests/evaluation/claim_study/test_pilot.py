@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from phsa_megatron.config.errors import ConfigError, TrainingError
 from phsa_megatron.data import demo
@@ -175,6 +176,30 @@ def test_a_unit_that_was_left_goes_on_to_the_same_record(
     again = read(tmp_path, "phsa_en_zh")
     assert again["tokens"] == first["tokens"] and again["seconds"]["train"] > 0
     assert again["views"] == first["views"] and again["train_loss_nats"] == first["train_loss_nats"]
+
+
+def test_what_a_view_lacks_does_not_cost_the_training(prepared, out, tmp_path, monkeypatch):
+    """The unit goes on behind its training and the views before, and only with the measures of then."""
+    first = read(out, "phsa_en_zh")
+
+    def fails_at_k4(model, questions, view):
+        if view.name == "k4":
+            raise torch.OutOfMemoryError("too large")
+        return measure(model, questions, view)
+
+    monkeypatch.setattr(unit_run, "measure", fails_at_k4)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(prepared, tmp_path, variants=["phsa_en_zh"])
+    monkeypatch.setattr(unit_run, "train_step", None)
+    with pytest.raises(TrainingError, match=r"views\.json has views measured with"):
+        run(prepared, tmp_path, "--trials", "2", variants=["phsa_en_zh"])
+    measured = []
+    monkeypatch.setattr(
+        unit_run, "measure", lambda *words: measured.append(words[-1].name) or measure(*words)
+    )
+    assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
+    assert measured == list(first["views"])[2:]
+    assert read(tmp_path, "phsa_en_zh")["views"] == first["views"]
 
 
 def _leaving(original, should_leave):
