@@ -209,7 +209,8 @@ def _evaluate(
 
     def keep() -> None:
         if not was_trained:
-            run.save(must_succeed=True)
+            # Not `run.save`, which would count the evaluation until now as time of training.
+            run.checkpointer.save(run.parts, run.state, must_succeed=True)
         write_atomically(file, json.dumps(asdict(done), ensure_ascii=False))
 
     model = Model(run.config, _weights(run.parts), run.groups, questions.tokenizer)

@@ -187,6 +187,13 @@ def test_what_a_view_lacks_does_not_cost_the_training(prepared, out, tmp_path, m
             raise torch.OutOfMemoryError("too large")
         return measure(model, questions, view)
 
+    train, evaluate, before_s, after_s = unit_run._train, unit_run._evaluate, [], []
+    monkeypatch.setattr(
+        unit_run, "_train", lambda run, *more: before_s.append(run.state.wall_s) or train(run, *more)
+    )
+    monkeypatch.setattr(
+        unit_run, "_evaluate", lambda run, *more: after_s.append(run.state.wall_s) or evaluate(run, *more)
+    )
     monkeypatch.setattr(unit_run, "measure", fails_at_k4)
     with pytest.raises(torch.OutOfMemoryError):
         run(prepared, tmp_path, variants=["phsa_en_zh"])
@@ -199,6 +206,7 @@ def test_what_a_view_lacks_does_not_cost_the_training(prepared, out, tmp_path, m
     )
     assert run(prepared, tmp_path, variants=["phsa_en_zh"]) == 0
     assert measured == list(first["views"])[2:]
+    assert before_s[0] == 0 and before_s[1] == after_s[0], "evaluation is no time of training"
     assert read(tmp_path, "phsa_en_zh")["views"] == first["views"]
 
 
