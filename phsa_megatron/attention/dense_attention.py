@@ -95,7 +95,8 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, side_info: SideInfo, scal
     def starts() -> Tensor:
         # The micro-batch has places for many more documents, and empty ones are work for this kernel.
         ends = [0, *(end for _, end in documents)]
-        return torch.tensor(ends, dtype=torch.int32).to(query.device, non_blocking=True)
+        on_host = torch.tensor(ends, dtype=torch.int32, pin_memory=query.is_cuda)
+        return on_host.to(query.device, non_blocking=True)
 
     bounds = side_info.once("document_starts", starts)
     longest = max(end - start for start, end in documents)

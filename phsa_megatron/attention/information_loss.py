@@ -66,30 +66,6 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-@torch.no_grad()
-def information_sums(
-    query: Tensor,
-    keys: Tensor,
-    ids: Tensor,
-    position: Tensor,
-    attention: AttentionConfig,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """Return fp64 [Hq, 9], sums over the queries of one document.
-
-    Args:
-        query: [n, Hq, D] after RoPE.
-        keys: [document's tokens, Hkv, D] after RoPE.
-        ids: int32 [n, Hkv or Hq, k], the chosen blocks.
-        position: int [n] in the document.
-        attention: windows and block size.
-        softmax_scale: None is D ** -0.5.
-    """
-    return information_of_mass(
-        block_mass(query, keys, position, attention, softmax_scale), ids, position, attention
-    )
-
-
 def block_mass(
     query: Tensor,
     keys: Tensor,
@@ -122,7 +98,14 @@ def block_mass(
 
 
 def information_of_mass(mass: Tensor, ids: Tensor, position: Tensor, attention: AttentionConfig) -> Tensor:
-    """Return fp64 [Hq, 9] of block masses [n, Hq, blocks]; else as `information_sums`."""
+    """Return fp64 [Hq, 9], sums over queries of any documents.
+
+    Args:
+        mass: fp32 [n, Hq, blocks], of `block_mass`.
+        ids: int32 [n, Hkv or Hq, k], the chosen blocks.
+        position: int [n] in the document.
+        attention: windows and block size.
+    """
     n, num_heads, num_blocks = mass.shape
     m, topk = attention.block_tokens, ids.shape[2]
     block = torch.arange(num_blocks, device=mass.device)

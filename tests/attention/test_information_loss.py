@@ -11,7 +11,6 @@ from phsa_megatron.attention.information_loss import (
     InformationRecorder,
     block_mass,
     information_of_mass,
-    information_sums,
 )
 from phsa_megatron.attention.punctuation import PunctuationTable
 from phsa_megatron.attention.side_info import SideInfo
@@ -19,6 +18,11 @@ from phsa_megatron.config.schema import AttentionConfig, PunctuationLanguage, Pu
 
 M, T, HEADS, KV, D = 4, 45, 4, 2, 8
 SETTINGS = AttentionConfig(block_tokens=M, init_tokens=M, local_tokens=2 * M)
+
+
+def information_sums(query, keys, ids, position, attention):
+    """Of one document."""
+    return information_of_mass(block_mass(query, keys, position, attention), ids, position, attention)
 
 
 def _document(seed=0):

@@ -361,7 +361,10 @@ def _cost(by_variant: dict[str, list[Record]]) -> str:
             ]
         )
     head = ["trained with", "FLOPs", "sparsity, last token", "tokens/s in training", "seconds a unit"]
-    text = f"\n\nAll units together: {total_s / 60:.1f} minutes on {_devices(by_variant)}."
+    text = (
+        f"\n\nAll units together: {total_s / 60:.1f} minutes, of processes several of which may have shared "
+        f"a GPU, on {_devices(by_variant)}."
+    )
     return _table(head, rows) + text
 
 

@@ -180,7 +180,7 @@ def _train(run: Run, should_leave: Callable[[], bool], hear: Callable[[Heard], N
 class _Evaluated:
     """How much is measured, views that are, by name, and the time that they took over all starts."""
 
-    measures: dict[str, Any] | None
+    measures: dict[str, Any]
     views: dict[str, Any]
     seconds: float
 
@@ -233,7 +233,7 @@ def _evaluate(
 
 
 def _read_views(file: Path, measures: dict[str, Any]) -> _Evaluated:
-    found = _Evaluated(**{"measures": None} | json.loads(file.read_text(encoding="utf-8")))
+    found = _Evaluated(**json.loads(file.read_text(encoding="utf-8")))
     if found.measures != json.loads(json.dumps(measures)):
         raise TrainingError(
             f"{file} has views measured with {found.measures}, not {measures}: give the --lengths and "

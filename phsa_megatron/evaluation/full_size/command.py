@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from phsa_megatron.config.code_snapshot import current_commit
 from phsa_megatron.config.derive import derive
 from phsa_megatron.config.document_flops import DocumentFlops, StepFlops
 from phsa_megatron.config.environment import process_environment
@@ -284,8 +284,7 @@ def _about(commit: str | None, device: str) -> dict[str, Any]:
         cudnn: Any = torch.backends.cudnn
         versions["cudnn"] = str(cudnn.version())
     if commit is None:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or "unknown"
+        commit = current_commit() or "unknown"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {"device": name, "versions": versions, "commit": commit}
 

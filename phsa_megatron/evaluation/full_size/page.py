@@ -158,7 +158,7 @@ def _packed_remark(rows: list[dict[str, Any]]) -> list[str]:
     if any(row["commit"] == EMPTY_DOCUMENTS for row in packed):
         text += (
             f" And in the code of `{EMPTY_DOCUMENTS[:12]}` the kernel was given all places that a "
-            "micro-batch has for documents, 2,048 of which about a dozen have tokens: each empty one costs "
+            "micro-batch has for documents, one for every 16 tokens, nearly all empty: each empty one costs "
             "it workspace and thread blocks, which is taken to be why these rows take half as long again as "
             "the plan expects. Only documents with tokens are given now; that is not measured yet."
         )
