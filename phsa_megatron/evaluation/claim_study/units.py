@@ -93,7 +93,7 @@ def variant_of(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    known = [*VARIANTS, *options()["attention"]]
+    known = list(dict.fromkeys([*VARIANTS, *options()["attention"]]))
     if name not in known:
         raise ConfigError(f"--variants: no variant or recipe attention={name}.{did_you_mean(name, known)}")
     return Variant(name, name, (), f"attention={name}")

@@ -63,7 +63,7 @@ def test_another_budget_is_refused(units):
 @pytest.mark.parametrize(
     ("names", "overrides", "words"),
     [
-        (["fhsa"], [], "Did you mean phsa"),
+        (["fhsa"], [], r"Did you mean phsa(?! or phsa\?)"),
         (["phsa", "phsa"], [], "at most once"),
         (["phsa", "indexer"], [], "indexer trains more than the rest"),
         (["phsa"], ["attention.train_topk=4"], "the study sets it itself"),
